@@ -1,0 +1,4871 @@
+"""minibottle: a web framework and its server in one file, with nothing but the standard library.
+
+Drop it into a project and run `python minibottle.py app:main`. A hello world, in app.py:
+
+    from minibottle import App
+
+    app = App()
+
+    @app.get("/hello/<name>")
+    def hello(request, name):
+        return {"hello": name, "agent": request.headers.get("User-Agent")}
+
+    def main():
+        app.run(port=8080)
+
+MAP (a section uses only names from sections above it; 1-5 are pure: no socket, clock or process)
+
+  I. Values
+    1. Errors and limits        what can go wrong, and every setting
+    2. Text and dates           UTF-8, HTTP dates, HTML, JSON
+    3. Headers and multidicts   several values a name, validated
+    4. HTTP/1.1 codec           bytes to environ, answers to bytes, chunked bodies
+    5. Forms and cookies        fields out of text
+  II. Application
+    6. Request and Response     views of environ, and what will be sent
+    7. Files and gzip           file_wrapper, compression for any WSGI application
+    8. Router                   rules to targets, and URLs
+    9. App                      routes, hooks, errors, Handler classes
+    10. Test client             requests without a server
+  III. The world
+    11. Event loop              one loop, handed over when user code blocks
+    12. Server connection       HTTP on the loop
+    13. Workers                 master and worker processes, Server, run()
+    14. Default app and command line
+
+ONE REQUEST (-> calls)
+
+    Loop.run_loop -> Worker.on_event -> advance -> parse_head
+        -> App.minibottle_plan               which route, before the body
+        -> begin_body -> collect             the body, if there is one
+        -> call -> App.__call__ -> wsgi -> _handle -> your function
+                                        -> _cast -> Exchange.start_response
+        -> send_list | respond -> pump       the answer
+        -> finish -> Loop.give               the connection waits for the next request
+
+GLOSSARY
+
+    environ     the WSGI dict of a request (PEP 3333): {"PATH_INFO": "/", "HTTP_HOST": "a.b", ...}
+    head        request line and headers, or status line and headers, up to the empty line
+    body        what follows it; a piece is some bytes of it
+    plan        what the server may know of a request before it calls: App.minibottle_plan
+    conn, c     a Connection: one client's socket; x, an Exchange: one request and its answer
+    hand, me    a Hand: a thread as the others see it; me.holds: it has the loop
+
+SPDX-License-Identifier: MIT        Copyright (c) 2026 the minibottle authors
+Python 3.8 and newer (CPython, PyPy). The licence text is at the end of this comment block.
+"""
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import errno
+import io
+import logging
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Mapping, MutableMapping
+from contextvars import ContextVar, copy_context
+from functools import lru_cache, partial, wraps
+from http import HTTPStatus
+from importlib import import_module
+from itertools import chain
+from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
+                    Match, NoReturn, Optional, Pattern, Set, Tuple, Type, Union)
+from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
+
+__version__ = "1.0"
+__all__ = (
+    "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
+    "app default_app route get post put delete patch error hook url run "
+    "TestClient Server Settings GzipMiddleware "
+    "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
+    "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
+).split()
+
+log = logging.getLogger("minibottle")
+access_log = logging.getLogger("minibottle.access")
+
+
+# === 1. Errors and limits =====================================================
+# What can go wrong, with the status to answer, and every limit and deadline that an operator may
+# set. A message names the cause or the limit, since it is all that the peer's owner will see.
+
+class BottleException(Exception):
+    """What is raised by the application side of this file."""
+
+
+class BadRequest(Exception):
+    """The peer broke the protocol: answer `status` and this message, then close."""
+    status = 400
+
+
+class RequestTimeout(BadRequest):
+    status = 408
+
+
+class ContentTooLarge(BadRequest):
+    status = 413
+
+
+class URITooLong(BadRequest):
+    status = 414
+
+
+class ExpectationFailed(BadRequest):
+    status = 417
+
+
+class HeadTooLarge(BadRequest):
+    status = 431
+
+
+class NotSupported(BadRequest):
+    status = 501
+
+
+class ServiceUnavailable(BadRequest):
+    status = 503
+
+
+class VersionNotSupported(BadRequest):
+    status = 505
+
+
+class UsageError(Exception):
+    """A command line or a setting is wrong: one line for the operator, exit status 2."""
+
+
+SETTINGS = (
+    # name, default (its type is the setting's), what it is: times in seconds, sizes in bytes
+    ("bind", ("127.0.0.1:8080",), "address: host:port, [::1]:port or unix:/path (repeatable)"),
+    ("workers", "1", "worker processes: a number, auto (one a CPU) or 0 (no master process)"),
+    ("max_threads", 32, "threads for code that blocks, per worker"),
+    ("queue_timeout", 30.0, "a request waits this long for a thread, then 503"),
+    ("max_connections", 0, "open connections per worker (0: the descriptors there are, less 64)"),
+    ("header_timeout", 10.0, "in all, for the head of a request to arrive, then 408"),
+    ("body_timeout", 30.0, "without a byte of a request's body (and 500 bytes/s on average): 408"),
+    ("keepalive_timeout", 75.0, "an idle connection is closed (be above your load balancer's)"),
+    ("write_timeout", 30.0, "without progress while an answer is sent: closed"),
+    ("worker_timeout", 120.0, "in one uninterrupted call: logged, and the worker is replaced"),
+    ("grace", 10.0, "what is being answered has this long to end when the server stops"),
+    ("max_request_line", 8192, "then 414"),
+    ("max_header_bytes", 32768, "all header lines of a request together, then 431"),
+    ("max_headers", 100, "header lines in a request, then 431"),
+    ("max_body", 128 << 20, "a request's body, then 413"),
+    ("spool_threshold", 512 << 10, "a request's body above it goes to a temporary file"),
+    ("max_form_memory", 1 << 20, "form fields of a request, then 413"),
+    ("max_fields", 1000, "form fields in a request, then 413"),
+    ("gzip", True, "compress what a client accepts compressed"),
+    ("gzip_min", 1024, "a smaller body is not compressed"),
+    ("gzip_level", 6, "1 (fast) to 9 (small)"),
+    ("access_log", False, "one line a request on standard output (the command line turns it on)"),
+)
+
+
+class Settings:
+    """The operator's choices: an attribute for each row of SETTINGS: Settings(grace=5).grace -> 5.0
+
+    Raises UsageError for a name that is none, and for a value that does not fit.
+    """
+
+    workers: str
+    max_connections: int
+
+    def __init__(self, **given: object) -> None:
+        for name, default, _ in SETTINGS:
+            setattr(self, name, parse_setting(name, given.pop(name, default)))
+        if given:
+            names = ", ".join(name for name, _, _ in SETTINGS)
+            raise UsageError(f"unknown setting {', '.join(sorted(given))}; there are {names}")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no setting {name!r}")
+
+
+def parse_setting(name: str, value: Any) -> object:
+    """("grace", "5") -> 5.0, by the type of its default."""
+    default: Any = SETTING_DEFAULTS.get(name)
+    if isinstance(default, tuple):
+        values = (value,) if isinstance(value, str) else tuple(value)
+        if values and all(isinstance(v, str) for v in values):
+            return values
+    elif isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(default, str):
+        if re.fullmatch("auto|[0-9]{1,4}", str(value)):
+            return str(value)
+    elif isinstance(default, (int, float)) and not isinstance(value, bool):
+        try:
+            number = type(default)(value)
+        except (TypeError, ValueError, OverflowError):
+            number = -1
+        if 0 <= number < 1 << 60:
+            return number
+    raise UsageError(f"setting {name}: {value!r} does not fit (its default is {default!r})")
+
+
+SETTING_DEFAULTS = {name: default for name, default, _ in SETTINGS}
+DEFAULTS = Settings()
+
+
+# === 2. Text and dates ========================================================
+# bytes to str and back, dates, JSON and HTML. UTF-8 everywhere; PEP 3333 carries bytes as latin-1
+# text, and only the two functions here cross that border.
+
+HTTP_CODES = {int(status): status.phrase for status in HTTPStatus}
+HTTP_CODES.update({413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable",
+                   418: "I'm a teapot", 422: "Unprocessable Content", 425: "Too Early",
+                   451: "Unavailable For Legal Reasons"})
+_HTTP_STATUS_LINES = {code: f"{code} {phrase}" for code, phrase in HTTP_CODES.items()}
+
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def wsgi_to_text(value: str) -> str:
+    """latin-1 text that carries UTF-8 bytes -> the text: "Ã¶" -> "ö". Raises UnicodeDecodeError."""
+    return value if value.isascii() else value.encode("latin-1").decode("utf-8")
+
+
+def text_to_wsgi(value: str) -> str:
+    """Text -> latin-1 text that carries its UTF-8 bytes: "ö" -> "Ã¶"."""
+    return value if value.isascii() else value.encode("utf-8").decode("latin-1")
+
+
+def format_date(parts: time.struct_time) -> str:
+    """A UTC struct_time -> "Sun, 06 Nov 1994 08:49:37 GMT" (RFC 9110 5.6.7), in any locale."""
+    return (f"{DAYS[parts[6]]}, {parts[2]:02d} {MONTHS[parts[1] - 1]} {parts[0]:04d} "
+            f"{parts[3]:02d}:{parts[4]:02d}:{parts[5]:02d} GMT")
+
+
+def http_date(value: Any) -> str:
+    """A datetime, date, struct_time or timestamp (seconds) -> an HTTP date; a str stays."""
+    if isinstance(value, str):
+        return value
+    if hasattr(value, "utctimetuple"):
+        return format_date(value.utctimetuple())
+    if hasattr(value, "timetuple"):
+        return format_date(value.timetuple())
+    return format_date(time.gmtime(value) if isinstance(value, (int, float)) else value)
+
+
+def html_escape(text: str) -> str:
+    """Make text safe in HTML, also in a quoted attribute: "<a>" -> "&lt;a&gt;"."""
+    return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            .replace('"', "&quot;").replace("'", "&#039;"))
+
+
+def json_default(value: object) -> object:
+    """What JSON has no form for: date and time as ISO 8601, UUID and Decimal as text."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if type(value).__name__ in ("UUID", "Decimal"):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def json_dumps(value: object) -> str:
+    """A value -> JSON text. Raises TypeError or ValueError (NaN has no JSON form either)."""
+    import json
+    return json.dumps(value, default=json_default, allow_nan=False)
+
+
+def json_loads(text: Union[str, bytes]) -> Any:
+    """JSON text, UTF-8 if bytes, -> the value. ValueError, also for NaN and endless nesting."""
+    import json
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text,
+                          parse_constant=refuse_constant)
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# === 3. Headers and multidicts ================================================
+# Fields of a message and of a form: several values a name, the last one counts. Whatever leaves is
+# validated here, whoever set it (RFC 9110 5.5; response splitting is what it prevents).
+
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # what no field value and no reason may hold
+
+
+def check_field_name(name: object) -> str:
+    """A header name -> the same in Title-Case, "_" as "-". Raises ValueError."""
+    text = str(name).replace("_", "-").title()
+    if not TOKEN.fullmatch(text):
+        raise ValueError(f"bad header name {name!r}")
+    return text
+
+
+def check_field_value(value: object) -> str:
+    """A header value -> str. None is "", bytes are UTF-8. ValueError on control characters."""
+    text = value if isinstance(value, str) else (
+        "" if value is None else value.decode("utf-8") if isinstance(value, bytes) else str(value))
+    if CONTROL.search(text):
+        raise ValueError(f"control character in header value {text!r}")
+    return text
+
+
+class MultiDict(MutableMapping):
+    """A dict with several values a name: `d[k]` is the last, `d[k] = v` adds one."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.dict: Dict[str, list] = {}
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __len__(self) -> int:
+        return len(self.dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.dict)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.dict
+
+    def __getitem__(self, key: str) -> object:
+        return self.dict[key][-1]
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.append(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        del self.dict[key]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.dict!r}>"
+
+    def append(self, key: str, value: object) -> None:
+        self.dict.setdefault(key, []).append(value)
+
+    def replace(self, key: str, value: object) -> None:
+        self.dict[key] = [value]
+
+    def getall(self, key: str) -> list:
+        return self.dict.get(key) or []
+
+    def get(self, key, default=None, index=-1, type=None):
+        """One value, the last by default; `type` converts it. `default` on any failure."""
+        try:
+            value = self.dict[key][index]
+            return type(value) if type else value
+        except Exception:
+            return default
+
+    def allitems(self) -> Iterator[Tuple[str, Any]]:
+        """Every (name, value), also the earlier ones."""
+        return ((key, value) for key, values in self.dict.items() for value in values)
+
+    getone = get
+    getlist = getall
+
+
+class FormsDict(MultiDict):
+    """Form fields: `forms.name` is the value, or "" where there is none."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        return self.get(name, default="")
+
+    def getunicode(self, name, default=None, encoding=None):
+        """Bottle's name for get: everything here is text already."""
+        return self.get(name, default)
+
+    def decode(self, encoding=None):
+        """Bottle's name for a copy: everything here is text already."""
+        copy = FormsDict()
+        for key, value in self.allitems():
+            copy.append(key, value)
+        return copy
+
+
+class HeaderDict(MultiDict):
+    """Headers to send: names without case, `d[k] = v` replaces. ValueError on bad characters."""
+
+    def __contains__(self, key: object) -> bool:
+        return check_field_name(key) in self.dict
+
+    def __getitem__(self, key: str) -> str:
+        return self.dict[check_field_name(key)][-1]
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.dict[check_field_name(key)] = [check_field_value(value)]
+
+    def __delitem__(self, key: str) -> None:
+        del self.dict[check_field_name(key)]
+
+    def append(self, key: str, value: object) -> None:
+        self.dict.setdefault(check_field_name(key), []).append(check_field_value(value))
+
+    def replace(self, key: str, value: object) -> None:
+        self[key] = value
+
+    def getall(self, key: str) -> list:
+        return self.dict.get(check_field_name(key)) or []
+
+    def get(self, key, default=None, index=-1):
+        return MultiDict.get(self, check_field_name(key), default, index)
+
+    def filter(self, names: Iterable[str]) -> None:
+        """Remove these."""
+        for name in names:
+            self.dict.pop(check_field_name(name), None)
+
+
+class WSGIHeaderDict(Mapping):
+    """The request's headers, read from `environ`: names without case, values as text."""
+
+    cgi_keys = ("CONTENT_TYPE", "CONTENT_LENGTH")
+
+    def __init__(self, environ: Dict[str, Any]) -> None:
+        self.environ = environ
+
+    def _key(self, name: str) -> str:
+        key = name.replace("-", "_").upper()
+        return key if key in self.cgi_keys else "HTTP_" + key
+
+    def raw(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        """The value as the server gave it, bytes as latin-1."""
+        return self.environ.get(self._key(name), default)
+
+    def __getitem__(self, name: str) -> str:
+        value = self.environ[self._key(name)]
+        return value if value.isascii() else value.encode("latin-1").decode("utf-8", "replace")
+
+    def __contains__(self, name: object) -> bool:
+        return self._key(str(name)) in self.environ
+
+    def __iter__(self) -> Iterator[str]:
+        for key in self.environ:
+            if key[:5] == "HTTP_":
+                yield key[5:].replace("_", "-").title()
+            elif key in self.cgi_keys:
+                yield key.replace("_", "-").title()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+# === 4. HTTP/1.1 codec ========================================================
+# Bytes to a WSGI environ and an answer to bytes (RFC 9112, PEP 3333). No socket, no clock. It
+# refuses what two parsers could read in two ways, since that is request smuggling (RFC 9112 11.2):
+# each header line is matched as a whole, so that nothing is skipped, and every number by a regex,
+# since int() also takes "+5", "0x5", "5_0" and digits of other scripts.
+
+FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,20}) ([!-~\x80-\xff]+) "
+                          r"(HTTP/[0-9]\.[0-9])")
+HOST = re.compile(r"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])?(?::[0-9]{0,5})?")
+ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?", re.IGNORECASE)
+LENGTH = re.compile(r"[0-9]{1,19}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+BARE_LF = re.compile(rb"(?<!\r)\n")
+STATUS = re.compile(r"[2-9][0-9][0-9] [\t\x20-\x7e\x80-\xff]*")
+
+MAX_MEMO = 2000             # lines remembered: header lines repeat from request to request
+MAX_MEMO_CHARS = 300        # longer ones do not
+MAX_CHUNK_LINE_BYTES = 256  # a size and extensions, which are dropped
+MAX_TRAILERS = 32
+
+# RFC 9112 6.3, RFC 9110 7.2 and 8.3: twice the same of these is two requests in one.
+SINGLE = frozenset(("CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING", "HTTP_HOST", "CONTENT_TYPE"))
+SECRET = frozenset(("HTTP_COOKIE", "HTTP_AUTHORIZATION", "HTTP_PROXY_AUTHORIZATION"))
+# RFC 9110 6.5.1: framing, routing, conditions, credentials and content have no place in a trailer.
+NO_TRAILER = SINGLE | SECRET | frozenset((
+    "HTTP_CACHE_CONTROL", "HTTP_EXPECT", "HTTP_MAX_FORWARDS", "HTTP_PRAGMA", "HTTP_RANGE",
+    "HTTP_TE", "HTTP_TRAILER", "HTTP_CONNECTION", "HTTP_CONTENT_ENCODING", "HTTP_CONTENT_RANGE",
+    "HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH", "HTTP_IF_RANGE", "HTTP_IF_MODIFIED_SINCE",
+    "HTTP_IF_UNMODIFIED_SINCE", "HTTP_SET_COOKIE"))
+
+DROPPED = ""                # the environ key under which names with "_" end: they are no header
+
+Field = Tuple[str, str]
+field_lines: Dict[str, Field] = {}       # a header line, checked -> (environ key, value)
+request_lines: Dict[str, dict] = {}      # a request line, checked -> its part of the environ
+
+
+def parse_head(text: str, template: dict, max_headers: int = 100) -> Dict[str, Any]:
+    """The head of a request without its last CRLF CRLF -> `template` and what the head says.
+
+    `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest and its children.
+    """
+    lines = iter(text.split("\r\n"))
+    line = next(lines)
+    environ = template.copy()
+    environ.update(request_lines.get(line) or parse_request_line(line))
+    if text.count("\r\n") > max_headers:
+        raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
+    known = field_lines.get  # FAST: a memo of checked lines, 0.3 of the time of matching each
+    for line in lines:
+        name, value = known(line) or parse_field_line(line)
+        environ[name] = value if name not in environ else join_field(name, environ[name], value)
+    target = environ["REQUEST_URI"]
+    if target[0] != "/":
+        parse_other_target(environ, target)
+    elif "HTTP_HOST" not in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+        raise BadRequest("no Host header")  # RFC 9112 3.2
+    return environ
+
+
+def parse_request_line(line: str) -> Dict[str, Any]:
+    """"GET /a?b HTTP/1.1" -> {"REQUEST_METHOD": "GET", "PATH_INFO": "/a", ...}. RFC 9112 3."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise BadRequest(f"bad request line {line[:80]!a}")
+    method, target, protocol = match.groups()
+    if protocol not in ("HTTP/1.1", "HTTP/1.0"):
+        raise VersionNotSupported(f"{protocol} is not supported, HTTP/1.1 is")
+    if method == "CONNECT":
+        raise NotSupported("CONNECT is not supported")
+    path, _, query = target.partition("?")
+    parts = {"REQUEST_METHOD": method, "REQUEST_URI": target, "RAW_URI": target,
+             "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
+             "QUERY_STRING": query, "SERVER_PROTOCOL": protocol}
+    if "#" in target:
+        raise BadRequest(f"fragment in request target {target[:80]!a}")
+    if len(line) < MAX_MEMO_CHARS and len(request_lines) < MAX_MEMO:
+        request_lines[line] = parts
+    return parts
+
+
+def parse_other_target(environ: Dict[str, Any], target: str) -> None:
+    """A target that does not begin with "/" (RFC 9112 3.2.2 and 3.2.4), into `environ`."""
+    if target == "*" and environ["REQUEST_METHOD"] == "OPTIONS":
+        return
+    match = ABSOLUTE.fullmatch(target)
+    if not match:
+        raise BadRequest(f"bad request target {target[:80]!a}")
+    authority, path, query = match.groups()
+    if not HOST.fullmatch(authority):
+        raise BadRequest(f"bad host {authority[:80]!a}")
+    environ["HTTP_HOST"] = authority  # RFC 9112 3.2.2: it beats the Host header
+    environ["PATH_INFO"] = unquote_to_bytes(path or "/").decode("latin-1")
+    environ["QUERY_STRING"] = query or ""
+
+
+def parse_field_line(line: str) -> Field:
+    """"Content-Type:  a/b " -> ("CONTENT_TYPE", "a/b"). Raises BadRequest with the cause."""
+    match = FIELD_LINE.fullmatch(line)
+    if not match:
+        raise BadRequest(f"{explain_field_line(line)} in header line {line[:60]!a}")
+    name, value = match[1].upper().replace("-", "_"), match[2].strip(" \t")
+    if "_" in match[1]:
+        return DROPPED, match[1]  # X_A would be X-A in the environ, and so get past a proxy's check
+    if name not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        name = "HTTP_" + name
+    if name == "HTTP_HOST" and not HOST.fullmatch(value):
+        raise BadRequest(f"bad host {value[:80]!a}")
+    if len(line) < MAX_MEMO_CHARS and len(field_lines) < MAX_MEMO and name not in SECRET:
+        field_lines[line] = name, value
+    return name, value
+
+
+def explain_field_line(line: str) -> str:
+    """Why a line is no header line."""
+    name, colon, _ = line.partition(":")
+    if line[:1] in (" ", "\t"):
+        return "folding or leading white space"  # RFC 9112 5.2
+    if CONTROL.search(line):
+        return "control character"
+    if not colon:
+        return "no colon"
+    return "white space before the colon" if name.rstrip(" \t") != name else "bad name"
+
+
+def join_field(name: str, first: str, second: str) -> str:
+    """The value of a header that came twice. RFC 9110 5.3, RFC 6265 5.4 for cookies."""
+    if name in SINGLE:
+        raise BadRequest(f"more than one {name.replace('HTTP_', '').replace('_', '-').title()}")
+    return first + ("; " if name == "HTTP_COOKIE" else ", ") + second
+
+
+def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: int) -> None:
+    """Raise BadRequest as soon as what has come of a head can become no good one."""
+    line, end, rest = data.partition(b"\r\n")
+    if BARE_LF.search(data):
+        raise BadRequest("line ended by LF without CR")
+    if end or len(line) > max_request_line:
+        if len(line) > max_request_line:
+            raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
+        text = line.decode("latin-1")
+        if text not in request_lines:
+            parse_request_line(text)
+    elif not (b"A" <= data[:1] <= b"Z" or data[:1] == b"\r"):
+        raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
+    if len(rest) > max_header_bytes:
+        raise HeadTooLarge(f"header over {max_header_bytes} bytes (max_header_bytes)")
+
+
+def parse_framing(environ: Dict[str, Any]) -> int:
+    """The length of the request's body in bytes, -1 if it is chunked. RFC 9112 6.1 and 6.3."""
+    coding = environ.get("HTTP_TRANSFER_ENCODING")
+    length = environ.get("CONTENT_LENGTH")
+    if coding is None:
+        if length is None:
+            return 0
+        if not LENGTH.fullmatch(length):
+            raise BadRequest(f"bad Content-Length {length[:80]!a}")
+        return int(length)
+    if length is not None:
+        raise BadRequest("both Transfer-Encoding and Content-Length")
+    if environ["SERVER_PROTOCOL"] == "HTTP/1.0":
+        raise BadRequest("Transfer-Encoding in HTTP/1.0")
+    codings = [part.strip(" \t").lower() for part in coding.split(",")]
+    if not coding.isascii() or codings.count("chunked") != 1 or codings[-1] != "chunked":
+        raise BadRequest(f"Transfer-Encoding {coding[:80]!a} does not end in chunked")
+    if len(codings) > 1:
+        raise NotSupported(f"Transfer-Encoding {coding[:80]!a}: only chunked is supported")
+    return -1
+
+
+Decoder = Generator[bytes, None, None]
+NEED_DATA = b""
+
+
+def iter_counted(buf: bytearray, length: int) -> Decoder:
+    """Decode a body of `length` bytes from `buf`: its pieces as they come, NEED_DATA between."""
+    while length:
+        if not buf:
+            yield NEED_DATA
+            continue
+        piece = bytes(buf[:length])
+        del buf[:length]
+        length -= len(piece)
+        yield piece
+
+
+def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
+    """Decode a chunked body from `buf` (RFC 9112 7.1): its pieces as they come, NEED_DATA between.
+
+    Bytes after the body stay in `buf`. Raises BadRequest, ContentTooLarge.
+    """
+    left = max_body
+    while True:
+        pieces, taken = take_chunks(buf)  # FAST: those that are all here, 6 times as fast
+        left -= sum(map(len, pieces))
+        if pieces and left >= 0:
+            del buf[:taken]
+            yield b"".join(pieces)
+        line = yield from take_line(buf)
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f"bad chunk size {line[:40]!a}")
+        size = int(match[1], 16)
+        left -= size
+        if left < 0:
+            raise ContentTooLarge(f"body over {max_body} bytes (max_body)")
+        if not size:
+            break
+        yield from iter_counted(buf, size)
+        while len(buf) < 2:
+            yield NEED_DATA
+        if buf[:2] != b"\r\n":
+            raise BadRequest("chunk without its CRLF")
+        del buf[:2]
+    for _ in range(MAX_TRAILERS + 1):  # RFC 9112 7.1.2: trailers may be dropped
+        line = yield from take_line(buf)
+        if line == b"\r\n":
+            return
+        name, _ = parse_field_line(line[:-2].decode("latin-1"))
+        if name in NO_TRAILER:
+            raise BadRequest(f"{line[:60]!a} in a trailer")
+    raise HeadTooLarge(f"over {MAX_TRAILERS} trailers")
+
+
+def take_chunks(buf: bytearray) -> Tuple[List[bytes], int]:
+    """The chunks at the start of `buf` that are there whole, and how many bytes they take."""
+    data = bytes(buf)
+    pieces: List[bytes] = []
+    taken = 0
+    match = CHUNK_LINE.match(data)
+    while match:
+        start = match.end()
+        end = start + int(match[1], 16)
+        if end == start or data[end:end + 2] != b"\r\n":
+            break
+        pieces.append(data[start:end])
+        taken = end + 2
+        match = CHUNK_LINE.match(data, taken)
+    return pieces, taken
+
+
+def take_line(buf: bytearray) -> Generator[bytes, None, bytes]:
+    """Take one line with its CRLF off `buf`; raise BadRequest past MAX_CHUNK_LINE_BYTES."""
+    while True:
+        end = buf.find(b"\n", 0, MAX_CHUNK_LINE_BYTES)
+        if end >= 0:
+            break
+        if len(buf) >= MAX_CHUNK_LINE_BYTES:
+            raise BadRequest(f"chunk line over {MAX_CHUNK_LINE_BYTES} bytes")
+        yield NEED_DATA
+    line = bytes(buf[:end + 1])
+    del buf[:end + 1]
+    if line[-2:] != b"\r\n":
+        raise BadRequest("chunk line ended by LF without CR")
+    return line
+
+
+def frame_chunk(piece: bytes) -> bytes:
+    """b"Wiki" -> b"4\\r\\nWiki\\r\\n"; b"" is no chunk, as it would end the body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+# What a header of an answer is to the server.
+PLAIN, BODY_LENGTH, OURS, HOP_BY_HOP = range(4)
+KINDS = {"content-length": BODY_LENGTH, "date": OURS, "server": OURS}
+KINDS.update(dict.fromkeys(("connection", "keep-alive", "proxy-authenticate", "te", "trailer",
+                            "proxy-authorization", "trailers", "transfer-encoding", "upgrade",
+                            "proxy-connection"), HOP_BY_HOP))  # RFC 9110 7.6.1, PEP 3333
+answer_lines: Dict[Tuple[str, str], Tuple[str, int]] = {}  # a header of an answer, checked
+
+
+def format_field(field: Tuple[str, str]) -> Tuple[str, int]:
+    """("Allow", "GET") -> ("Allow: GET\\r\\n", PLAIN), of PEP 3333's kind of strings.
+
+    Raises TypeError and ValueError: it is the application that made it.
+    """
+    try:
+        name, value = field
+    except (TypeError, ValueError):
+        raise TypeError(f"a header is a (name, value), not {field!a}") from None
+    if type(name) is not str or type(value) is not str:
+        raise TypeError(f"header name and value must be str, not {field!a}")
+    if not TOKEN.fullmatch(name):
+        raise ValueError(f"bad header name {name!a}")
+    if CONTROL.search(value):
+        raise ValueError(f"control character in header {name}: {value!a}")
+    value.encode("latin-1")
+    kind = KINDS.get(name.lower(), PLAIN)
+    if kind == BODY_LENGTH and not LENGTH.fullmatch(value):
+        raise ValueError(f"bad Content-Length {value!a}")
+    made = f"{name}: {value}\r\n", kind
+    if len(answer_lines) < MAX_MEMO and len(value) < MAX_MEMO_CHARS and name[:10] != "Set-Cookie":
+        answer_lines[field] = made
+    return made
+
+
+def check_status(status: object) -> str:
+    """"200 OK" -> the same. Raises TypeError, ValueError."""
+    if type(status) is not str:
+        raise TypeError(f"a status is a str such as '200 OK', not {status!a}")
+    if not STATUS.fullmatch(status):
+        raise ValueError(f"bad status {status!a}")
+    return status
+
+
+def format_error(error: BadRequest) -> Tuple[str, bytes]:
+    """An answer for the server's own errors: (the status, a line of plain text that says why)."""
+    line = f"{error.status} {HTTP_CODES.get(error.status, 'Error')}"
+    return line, f"{line}: {error}\n".encode("utf-8", "replace")
+
+
+# === 5. Forms and cookies =====================================================
+# Fields out of text, each in one pass over it. Wrong UTF-8 becomes U+FFFD.
+
+def parse_qsl(text: str, max_fields: int = 0) -> List[Tuple[str, str]]:
+    """"a=1&b=x+y&c" -> [("a", "1"), ("b", "x y"), ("c", "")]. Only & separates.
+
+    Raises ContentTooLarge over `max_fields` (0: no limit), before anything is split.
+    """
+    if max_fields and text.count("&") >= max_fields:
+        raise ContentTooLarge(f"over {max_fields} form fields (max_fields)")
+    pairs = (part.partition("=") for part in text.split("&") if part)
+    return [(unquote_field(name), unquote_field(value)) for name, _, value in pairs]
+
+
+def unquote_field(text: str) -> str:
+    """"x+%C3%B6" -> "x ö"."""
+    text = text.replace("+", " ")
+    return unquote(text, "utf-8", "replace") if "%" in text else text
+
+
+def parse_cookies(header: str) -> List[Tuple[str, str]]:
+    """"a=1; b=\\"x\\"" -> [("a", "1"), ("b", "x")] (RFC 6265 5.4). A bad pair is left out."""
+    pairs = []
+    for part in header.split(";"):
+        name, equals, value = part.partition("=")
+        name, value = name.strip(" \t"), value.strip(" \t")
+        if not equals or not name:
+            continue
+        if len(value) > 1 and value[0] == value[-1] == '"':
+            value = COOKIE_ESCAPE.sub(unescape_cookie, value[1:-1])
+        pairs.append((name, value))
+    return pairs
+
+
+COOKIE_ESCAPE = re.compile(r"\\(?:([0-3][0-7][0-7])|(.))")  # as http.cookies writes what it quotes
+
+
+def unescape_cookie(match: Match) -> str:
+    return chr(int(match[1], 8)) if match[1] else match[2]
+
+
+def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
+    """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
+    value, _, rest = header.partition(";")
+    options = {name.lower(): quoted if quoted else plain
+               for name, quoted, plain in OPTION.findall(rest)}
+    return value.strip(" \t").lower(), options
+
+
+OPTION = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"([^\"]*)\"|([^\s;\"]*))")
+
+
+# === 6. Request and Response ==================================================
+# Lazy views: a Request of the environ, with what it has worked out kept there under "minibottle."
+# keys; a Response of what will be sent. `request` and `response` are the ones of the running
+# context, so that threads, generators and tasks each see their own.
+
+CURRENT: ContextVar[Dict[str, Any]] = ContextVar("minibottle.environ")
+
+
+class EmptyInput:
+    """wsgi.input of a request without a body; one serves them all, as it has no state."""
+
+    def read(self, size: int = -1) -> bytes:
+        return b""
+
+    readline = read
+
+    def readlines(self, hint: int = -1) -> list:
+        return []
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(())
+
+
+EMPTY_INPUT = EmptyInput()
+
+
+class Request:
+    """One request: `request.path`, `.query`, `.headers`, `.json`, … read from `request.environ`.
+
+    An attribute that you set (`request.user = …`) is kept in the environ, and so seen by all.
+    """
+
+    __slots__ = ("environ",)
+    environ: Dict[str, Any]
+
+    def __init__(self, environ: Optional[dict] = None) -> None:
+        object.__setattr__(self, "environ", {} if environ is None else environ)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.method} {self.url}>"
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self.environ["bottle.request.ext." + name]
+        except KeyError:
+            raise AttributeError(f"request has no attribute {name!r}") from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "environ":
+            object.__setattr__(self, name, value)
+        elif "bottle.request.ext." + name in self.environ:
+            raise AttributeError(f"attribute {name} is set already; `del request.{name}` first")
+        else:
+            self.environ["bottle.request.ext." + name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self.environ["bottle.request.ext." + name]
+        except KeyError:
+            raise AttributeError(f"request has no attribute {name!r}") from None
+
+    def __getitem__(self, key: str) -> object:
+        return self.environ[key]
+
+    def get(self, key: str, default: object = None) -> object:
+        """A value of the environ."""
+        return self.environ.get(key, default)
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, worked out once a request."""
+        key = "minibottle.request." + key
+        try:
+            return self.environ[key]
+        except KeyError:
+            value = self.environ[key] = make()
+            return value
+
+    # -- the request line --
+
+    @property
+    def method(self) -> str:
+        """"GET", in capitals."""
+        return self.environ.get("REQUEST_METHOD", "GET").upper()
+
+    @property
+    def path(self) -> str:
+        """The decoded path, always with one leading slash. Wrong UTF-8 shows as U+FFFD."""
+        path = self.environ.get("PATH_INFO", "")
+        if not path.isascii():
+            path = path.encode("latin-1").decode("utf-8", "replace")
+        return "/" + path.lstrip("/")
+
+    @property
+    def script_name(self) -> str:
+        """The prefix under which the application is mounted: "/", "/app/"."""
+        name = self.environ.get("SCRIPT_NAME", "").strip("/")
+        return "/" + name + "/" if name else "/"
+
+    @property
+    def fullpath(self) -> str:
+        return urljoin(self.script_name, self.path.lstrip("/"))
+
+    @property
+    def query_string(self) -> str:
+        return self.environ.get("QUERY_STRING", "")
+
+    @property
+    def urlparts(self) -> SplitResult:
+        """(scheme, host[:port], path, query, ""), the path percent-encoded."""
+        environ = self.environ
+        scheme = environ.get("wsgi.url_scheme", "http")
+        host = environ.get("HTTP_HOST")
+        if not host:
+            host = environ.get("SERVER_NAME", "127.0.0.1")
+            port = environ.get("SERVER_PORT")
+            if port and port != {"http": "80", "https": "443"}.get(scheme):
+                host += ":" + port
+        return SplitResult(scheme, host, quote(self.fullpath), self.query_string, "")
+
+    @property
+    def url(self) -> str:
+        return self.urlparts.geturl()
+
+    @property
+    def query(self) -> FormsDict:
+        """The fields of the query string."""
+        return self._once("query", lambda: fields_of(parse_qsl(
+            text_of_query(self.query_string))))
+
+    GET = query
+
+    @property
+    def remote_addr(self) -> Optional[str]:
+        """The address of the peer of the connection; None where it has none."""
+        return self.environ.get("REMOTE_ADDR") or None
+
+    # -- headers --
+
+    @property
+    def headers(self) -> WSGIHeaderDict:
+        return self._once("headers", lambda: WSGIHeaderDict(self.environ))
+
+    def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        return self.headers.get(name, default)
+
+    @property
+    def cookies(self) -> FormsDict:
+        """Name to value; the first of a name counts, as the most specific path comes first."""
+        return self._once("cookies", lambda: fields_of(reversed(parse_cookies(
+            text_of_query(self.environ.get("HTTP_COOKIE", ""))))))
+
+    def get_cookie(self, key: str, default: Optional[str] = None) -> Optional[str]:
+        return self.cookies.get(key) or default
+
+    @property
+    def content_type(self) -> str:
+        return self.environ.get("CONTENT_TYPE", "").lower()
+
+    @property
+    def content_length(self) -> int:
+        """-1 where it is not known."""
+        length = self.environ.get("CONTENT_LENGTH") or ""
+        return int(length) if LENGTH.fullmatch(length) else -1
+
+    @property
+    def is_xhr(self) -> bool:
+        return self.environ.get("HTTP_X_REQUESTED_WITH", "").lower() == "xmlhttprequest"
+
+    is_ajax = is_xhr
+
+    # -- the body --
+
+    @property
+    def body(self) -> BinaryIO:
+        """The body as a seekable file, at its start."""
+        body: BinaryIO = self._once("body", self._collect_body)
+        body.seek(0)
+        return body
+
+    def _collect_body(self) -> object:
+        """wsgi.input itself where it is seekable (our server), else a copy of it."""
+        source = self.environ.get("wsgi.input", EMPTY_INPUT)
+        if source is self.environ.get("minibottle.body"):
+            return source
+        limits = self.environ.get("minibottle.settings", DEFAULTS)
+        left = self.content_length
+        if left < 0:
+            left = limits.max_body + 1 if self.environ.get("wsgi.input_terminated") else 0
+        copy: BinaryIO = io.BytesIO()
+        size = 0
+        while left:
+            piece = source.read(min(left, 1 << 16))
+            if not piece:
+                break
+            left -= len(piece)
+            size += len(piece)
+            if size > limits.max_body:
+                raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
+            copy = spool(copy, piece, limits.spool_threshold)
+        self.environ["wsgi.input"] = copy
+        return copy
+
+    def _read_body(self, limit: int) -> bytes:
+        """The whole body in memory. Raises ContentTooLarge over `limit` bytes."""
+        data = self.body.read(limit + 1)
+        if len(data) > limit:
+            raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
+        return data
+
+    @property
+    def forms(self) -> FormsDict:
+        """The fields of a form in the body, url-encoded."""
+        return self._once("forms", self._parse_forms)
+
+    POST = forms
+
+    def _parse_forms(self) -> FormsDict:
+        limits = self.environ.get("minibottle.settings", DEFAULTS)
+        if self.content_type.startswith("multipart/"):
+            return FormsDict()
+        text = self._read_body(limits.max_form_memory).decode("utf-8", "replace")
+        return fields_of(parse_qsl(text, limits.max_fields))
+
+    @property
+    def params(self) -> FormsDict:
+        """The fields of query and form."""
+        def both() -> FormsDict:
+            params = self.query.decode()
+            for key, value in self.forms.allitems():
+                params.append(key, value)
+            return params
+        return self._once("params", both)
+
+    @property
+    def json(self) -> object:
+        """The body of an application/json request; None for other types and an empty body.
+
+        Raises HTTPError 400 where it is not JSON.
+        """
+        kind = self.content_type.partition(";")[0].strip(" \t")
+        if kind not in ("application/json", "application/json-rpc") or not self.body.read(1):
+            return None
+        return self.read_json()
+
+    def read_json(self) -> object:
+        """The body as JSON, strictly: HTTPError 415 for another type, 400 for what is not JSON."""
+        kind = self.content_type.partition(";")[0].strip(" \t")
+        if not JSON_TYPE.fullmatch(kind):
+            raise HTTPError(415, f"Content-Type {kind!r} is not JSON.")
+        return self._once("json", self._parse_json)
+
+    def _parse_json(self) -> object:
+        limits = self.environ.get("minibottle.settings", DEFAULTS)
+        try:
+            return json_loads(self._read_body(limits.max_form_memory))
+        except ValueError as error:
+            raise HTTPError(400, f"Invalid JSON: {error}", error) from None
+
+    # -- where it was routed --
+
+    @property
+    def app(self) -> "App":
+        return self._routed()[0]
+
+    @property
+    def route(self) -> "Route":
+        return self._routed()[3]
+
+    @property
+    def url_args(self) -> Dict[str, Any]:
+        return self._routed()[4]
+
+    def _routed(self) -> tuple:
+        found = self.environ.get("minibottle.route")
+        if not found or not isinstance(found[4], dict):
+            raise RuntimeError("This request is not connected to a route.")
+        return found
+
+
+JSON_TYPE = re.compile(r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)")
+
+
+def text_of_query(value: str) -> str:
+    """Raw bytes above ASCII in a query or cookie, which PEP 3333 carries as latin-1 -> text."""
+    return value if value.isascii() else value.encode("latin-1").decode("utf-8", "replace")
+
+
+def fields_of(pairs: Iterable[Tuple[str, str]]) -> FormsDict:
+    fields = FormsDict()
+    for key, value in pairs:
+        fields.append(key, value)
+    return fields
+
+
+def spool(file: BinaryIO, piece: bytes, threshold: int) -> BinaryIO:
+    """Write `piece` to `file`, which becomes a temporary one above `threshold` bytes; return it."""
+    if type(file) is io.BytesIO and file.tell() + len(piece) > threshold:
+        import tempfile
+        memory, file = file, tempfile.TemporaryFile()
+        file.write(memory.getvalue())
+    file.write(piece)
+    return file
+
+
+class LocalRequest(Request):
+    """The request of the running context."""
+
+    __slots__ = ()
+
+    def __init__(self, environ: Optional[dict] = None) -> None:
+        if environ is not None:
+            CURRENT.set(environ)
+
+    def bind(self, environ: Optional[dict] = None) -> None:
+        """Make `environ` the one of this context."""
+        CURRENT.set({} if environ is None else environ)
+
+    @property
+    def environ(self) -> Dict[str, Any]:  # type: ignore[override]
+        try:
+            return CURRENT.get()
+        except LookupError:
+            raise RuntimeError("Request context not initialized.") from None
+
+
+class Response:
+    """What will be sent: status, headers, cookies, body.
+
+    Raises ValueError for any character that could break out of a header (RFC 9110 5.5).
+    """
+
+    default_status = 200
+    default_content_type = "text/html; charset=UTF-8"
+    # RFC 9110 15.3.5 and 15.4.5: headers that these answers do not have.
+    bad_headers = {204: frozenset(("Content-Type", "Content-Length")),
+                   304: frozenset(("Allow", "Content-Encoding", "Content-Language",
+                                   "Content-Length", "Content-Range", "Content-Type",
+                                   "Content-Md5", "Last-Modified"))}
+
+    def __init__(self, body: Any = "", status: Union[int, str, None] = None,
+                 headers: Any = None, **more_headers: object) -> None:
+        self.body = body
+        self._headers = HeaderDict()
+        self._cookies: Dict[str, str] = {}
+        self.status = status or self.default_status
+        pairs = headers.items() if hasattr(headers, "items") else headers or ()
+        for name, value in pairs:
+            self._headers.append(name, value)
+        for name, value in more_headers.items():
+            self._headers.append(name, value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.status_line}>"
+
+    def __iter__(self) -> Iterator:
+        return iter(self.body)
+
+    def close(self) -> None:
+        if hasattr(self.body, "close"):
+            self.body.close()
+
+    @property
+    def status(self) -> str:
+        """The status line; set it as 404 or "404 Brain not found"."""
+        return self._status_line
+
+    @status.setter
+    def status(self, status: Union[int, str]) -> None:
+        if isinstance(status, int):
+            code, line = status, _HTTP_STATUS_LINES.get(status) or f"{status} Unknown"
+        else:
+            line = status.strip()
+            code = int(line[:3]) if re.match("[0-9]{3} ", status) else 0
+        if not 100 <= code <= 999 or CONTROL.search(line) or not line.isascii():
+            raise ValueError(f"bad status {status!r}: a number from 100 to 999, or '404 Reason'")
+        self._status_code = code
+        self._status_line = line
+
+    @property
+    def status_code(self) -> int:
+        return self._status_code
+
+    @property
+    def status_line(self) -> str:
+        return self._status_line
+
+    # -- headers --
+
+    @property
+    def headers(self) -> HeaderDict:
+        """Name to value; changes count."""
+        return self._headers
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._headers
+
+    def __getitem__(self, name: str) -> str:
+        return self._headers[name]
+
+    def __setitem__(self, name: str, value: object) -> None:
+        self._headers[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._headers[name]
+
+    def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        return self._headers.get(name, default)
+
+    def set_header(self, name: str, value: object) -> None:
+        """Replace what was set under this name."""
+        self._headers[name] = value
+
+    def add_header(self, name: str, value: object) -> None:
+        """Keep what was set under this name, and add another."""
+        self._headers.append(name, value)
+
+    def iter_headers(self) -> Iterator[Tuple[str, str]]:
+        return iter(self.headerlist)
+
+    @property
+    def headerlist(self) -> List[Tuple[str, str]]:
+        """[(name, value), …] as WSGI wants it, with the default content type and the cookies."""
+        pairs = list(self._headers.allitems())
+        if "Content-Type" not in self._headers.dict:
+            pairs.append(("Content-Type", self.default_content_type))
+        if self._status_code in self.bad_headers:
+            bad = self.bad_headers[self._status_code]
+            pairs = [(name, value) for name, value in pairs if name not in bad]
+        pairs += [("Set-Cookie", line) for line in self._cookies.values()]
+        return [(name, text_to_wsgi(value)) for name, value in pairs]
+
+    @property
+    def content_type(self) -> str:
+        return self._headers.get("Content-Type", "")
+
+    @content_type.setter
+    def content_type(self, value: str) -> None:
+        self._headers["Content-Type"] = value
+
+    @property
+    def content_length(self) -> int:
+        """-1 where none is set."""
+        return int(self._headers.dict.get("Content-Length", [-1])[-1])
+
+    @content_length.setter
+    def content_length(self, value: int) -> None:
+        self._headers["Content-Length"] = value
+
+    @property
+    def charset(self) -> str:
+        """Of the content type; "UTF-8" where that names none."""
+        return parse_options(self.content_type)[1].get("charset", "UTF-8")
+
+    # -- cookies --
+
+    def set_cookie(self, name: str, value: str, **options: object) -> None:
+        """Set a cookie (RFC 6265 4.1) with max_age (seconds or timedelta), expires (date), domain,
+        path, secure, httponly, samesite ("lax", "strict", "none"), partitioned.
+
+        Raises ValueError for characters that have no place there, TypeError for a value not str.
+        """
+        self._cookies[name] = format_cookie(name, value, options)
+
+    def delete_cookie(self, name: str, **options: object) -> None:
+        """Make the browser drop it; give the path and domain that it was set with."""
+        options.update(max_age=-1, expires=0)
+        self.set_cookie(name, "", **options)
+
+    # -- one response onto another --
+
+    def merge(self, other: "Response") -> None:
+        """Take over the status, headers and cookies of `other`, which beat those set here before.
+
+        An error has a body of its own, so what described the old one goes (RFC 9110 8).
+        """
+        if other.status_code >= 400 and isinstance(other, HTTPError):
+            for name in list(self._headers):
+                if name.startswith("Content-") or name in ("Etag", "Last-Modified"):
+                    del self._headers[name]
+        self.status = other.status_line
+        for name, values in other._headers.dict.items():
+            self._headers.dict[name] = list(values)
+        self._cookies.update(other._cookies)
+
+
+COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*")  # RFC 6265 4.1.1, without quotes
+COOKIE_ATTRIBUTE = re.compile(r"[ -:<-~]*")
+COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "Expires",
+                  "secure": "Secure", "httponly": "HttpOnly", "samesite": "SameSite",
+                  "partitioned": "Partitioned"}
+COOKIE_ALIASES = {"maxage": "max_age", "same_site": "samesite"}
+MAX_COOKIE_CHARS = 3800  # browsers drop one over 4,096 with its attributes
+
+
+def format_cookie(name: str, value: str, options: Dict[str, object]) -> str:
+    """("a", "x", {"path": "/"}) -> "a=x; Path=/"."""
+    if not TOKEN.fullmatch(name):
+        raise ValueError(f"bad cookie name {name!r}")
+    if not isinstance(value, str):
+        raise TypeError(f"the value of cookie {name} must be str, not {type(value).__name__}")
+    if len(name) + len(value) > MAX_COOKIE_CHARS:
+        raise ValueError(f"cookie {name} is over {MAX_COOKIE_CHARS} characters")
+    parts = [f"{name}={value if COOKIE_VALUE.fullmatch(value) else quote_cookie(value)}"]
+    for key, setting in options.items():
+        key = key.lower().replace("-", "_")
+        key = COOKIE_ALIASES.get(key, key)
+        if key not in COOKIE_OPTIONS:
+            raise ValueError(f"unknown cookie option {key!r}")
+        if key in ("secure", "httponly", "partitioned"):
+            if setting:
+                parts.append(COOKIE_OPTIONS[key])
+        elif setting is not None or key == "samesite":
+            parts.append(f"{COOKIE_OPTIONS[key]}={format_cookie_option(key, setting)}")
+    lower = [part.lower() for part in parts]
+    if "samesite=none" in lower and "secure" not in lower:
+        raise ValueError(f"cookie {name}: samesite none needs secure, or browsers drop it")
+    return "; ".join(parts)
+
+
+def format_cookie_option(key: str, value: object) -> str:
+    if key == "max_age":
+        value = int(getattr(value, "total_seconds", lambda: value)())
+    elif key == "expires":
+        value = http_date(value)
+    elif key == "samesite":
+        value = str(value).capitalize()
+        if value not in ("Lax", "Strict", "None"):
+            raise ValueError(f"samesite is lax, strict or none, not {value!r}")
+    if not COOKIE_ATTRIBUTE.fullmatch(str(value)):
+        raise ValueError(f"bad character in cookie {key} {value!r}")
+    return str(value)
+
+
+def quote_cookie(value: str) -> str:
+    """'a "ö"' -> '"a \\\\"\\\\303\\\\266\\\\""', as http.cookies does."""
+    quoted = "".join(char if char == " " or COOKIE_VALUE.fullmatch(char) else
+                     "\\" + char if char in '"\\' else
+                     "".join(f"\\{byte:03o}" for byte in char.encode("utf-8")) for char in value)
+    return f'"{quoted}"'
+
+
+class HTTPResponse(Response, BottleException):
+    """A Response to return or to raise."""
+
+
+class HTTPError(HTTPResponse):
+    """A Response that goes through the error handlers. `abort` raises it."""
+
+    default_status = 500
+
+    def __init__(self, status: Union[int, str, None] = None, body: object = None,
+                 exception: Optional[BaseException] = None, traceback: Optional[str] = None,
+                 **more_headers: object) -> None:
+        self.exception = exception
+        self.traceback = traceback
+        super().__init__(body, status, **more_headers)
+
+
+def response_of(environ: Dict[str, Any]) -> Response:
+    """The one Response of this request, made when first asked for."""
+    found = environ.get("minibottle.response")
+    if found is None:
+        found = environ["minibottle.response"] = Response()
+    return found
+
+
+def forwarded(name: str) -> property:
+    """An attribute that lives in the Response of the running context."""
+    return property(lambda self: getattr(response_of(request.environ), name),
+                    lambda self, value: setattr(response_of(request.environ), name, value))
+
+
+class LocalResponse(Response):
+    """The response of the running context."""
+
+    def __init__(self) -> None:
+        pass
+
+    _status_code = forwarded("_status_code")
+    _status_line = forwarded("_status_line")
+    _headers = forwarded("_headers")
+    _cookies = forwarded("_cookies")
+    body = forwarded("body")
+
+
+request = LocalRequest()
+response = LocalResponse()
+CURRENT.set({})  # where this file is imported, code outside a request may look at them, as Bottle's
+
+
+def abort(code: int = 500, text: str = "Unknown Error.") -> NoReturn:
+    """End the request with an error."""
+    raise HTTPError(code, text)
+
+
+def redirect(url: str, code: Optional[int] = None, *, request: Request = request) -> NoReturn:
+    """End the request with a Location, relative if `url` is (RFC 9110 10.2.2): 303 or 302."""
+    if code is None:
+        code = 302 if request.get("SERVER_PROTOCOL") == "HTTP/1.0" else 303
+    check_field_value(url)
+    raise HTTPResponse("", code, Location=quote(url, safe="%/:=&?~#+!$,;'@()*[]"))
+
+
+# === 7. Files and gzip ========================================================
+# Bodies that are more than a string. gzip is on the fly, for any WSGI application; what it must
+# leave alone is in negotiate_gzip.
+
+class FileWrapper:
+    """wsgi.file_wrapper (PEP 3333): iterates over a file; our server uses sendfile instead."""
+
+    def __init__(self, file: BinaryIO, block_size: int = 1 << 16) -> None:
+        self.file = file
+        self.block_size = block_size
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        piece = self.file.read(self.block_size)
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def close(self) -> None:
+        if hasattr(self.file, "close"):
+            self.file.close()
+
+
+class ClosingIterator:
+    """An iterator, and the close() that belongs to it: WSGI servers call that at the end."""
+
+    __slots__ = ("step", "close")
+
+    def __init__(self, step: Callable[[], bytes], close: Callable[[], object]) -> None:
+        self.step = step
+        self.close = close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return self.step()
+
+
+COMPRESSIBLE = re.compile(
+    r"text/|application/(?:json|javascript|x-javascript|xml|wasm|manifest\+json)\b"
+    r"|[a-z]+/[a-z0-9.-]+\+(?:json|xml)\b|image/(?:svg\+xml|bmp|x-icon)|font/(?:ttf|otf)",
+    re.IGNORECASE)
+CODING = re.compile(r"[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)[ \t]*"
+                    r"(?:;[ \t]*[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)[ \t]*)?")
+
+
+@lru_cache(maxsize=256)
+def accepts_gzip(header: str) -> bool:
+    """"gzip;q=0.5, *;q=0" -> True: its q is above 0 and not below identity's (RFC 9110 12.5.3)."""
+    weights: Dict[str, float] = {}
+    for part in header.split(","):
+        match = CODING.fullmatch(part)
+        if match:
+            weights[match[1].lower()] = float(match[2] or 1)
+    weight = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
+    return weight > 0 and weight >= weights.get("identity", 0.0)
+
+
+def negotiate_gzip(environ: Dict[str, Any], status: str, headers: List[Tuple[str, str]],
+                   length: Optional[int], minimum: int) -> Tuple[List[Tuple[str, str]], bool]:
+    """The headers to send, and whether the body is to be compressed. `length` None: not known.
+
+    Never for 204, 206, 304, what is encoded already, what says no-transform, or where
+    environ["minibottle.gzip"] is False (README: BREACH). A strong ETag becomes weak, since the
+    bytes differ (RFC 9110 8.8.1); Vary is on both variants (RFC 9110 12.5.5).
+    """
+    found = {name.lower(): value for name, value in headers}
+    if length is None and "content-length" in found:
+        length = int(found["content-length"])
+    if (status[:3] in ("204", "206", "304") or environ.get("minibottle.gzip") is False
+            or length is not None and length < minimum
+            or "content-encoding" in found or "content-range" in found
+            or not COMPRESSIBLE.match(found.get("content-type", ""))
+            or "no-transform" in found.get("cache-control", "").lower()):
+        return headers, False
+    vary = found.get("vary", "")
+    if "*" not in vary and "accept-encoding" not in vary.lower():
+        headers = [pair for pair in headers if pair[0].lower() != "vary"]
+        headers.append(("Vary", f"{vary}, Accept-Encoding" if vary else "Accept-Encoding"))
+    if not accepts_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")):
+        return headers, False
+    headers = [pair for pair in headers
+               if pair[0].lower() not in ("content-length", "accept-ranges", "etag")]
+    tag = found.get("etag")
+    if tag:
+        headers.append(("ETag", tag if tag[:2] == "W/" else "W/" + tag))
+    headers.append(("Content-Encoding", "gzip"))
+    return headers, True
+
+
+def gzip_bytes(data: bytes, level: int) -> bytes:
+    """All of a body."""
+    import zlib
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31: with gzip's head and tail (RFC 1952)
+    return coder.compress(data) + coder.flush()
+
+
+def iter_gzip(pieces: Iterable[bytes], level: int) -> Iterator[bytes]:
+    """A body in pieces; each can be read by the client at once, so that events are not late."""
+    import zlib
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    for piece in pieces:
+        if piece:
+            yield coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH)
+    yield coder.flush()
+
+
+class GzipMiddleware:
+    """gzip for any WSGI application on any server. (The built-in server does it by itself.)"""
+
+    def __init__(self, app: Callable, minimum: int = 1024, level: int = 6) -> None:
+        self.app = app
+        self.minimum = minimum
+        self.level = level
+
+    def __call__(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        held: list = []
+        written: List[bytes] = []
+
+        def hold(status: str, headers: list, exc_info: object = None) -> Callable:
+            held[:] = [status, headers, exc_info]
+            return written.append
+
+        result = self.app(environ, hold)
+        close = getattr(result, "close", lambda: None)
+        pieces: Iterator[bytes] = chain(written, result)
+        first = [] if held else [next(pieces, b"")]  # a generator may start when first pulled
+        if not held:
+            raise RuntimeError("the application did not call start_response")
+        length = len(result[0]) if type(result) is list and len(result) == 1 and not written \
+            else None
+        status, headers, exc_info = held
+        headers, compress = negotiate_gzip(environ, status, list(headers), length, self.minimum)
+        start_response(status, headers, *[exc_info] if exc_info else [])
+        pieces = chain(first, pieces)
+        if compress and environ["REQUEST_METHOD"] != "HEAD":
+            pieces = iter_gzip(pieces, self.level)
+        return ClosingIterator(pieces.__next__, close)
+
+
+# === 8. Router ================================================================
+# Rules to targets. A rule without wildcards is looked up in a dict. The others hang in a tree of
+# their static segments, so that 10,000 which differ in one cost as much as ten: the tree gives the
+# few that can match, and these are tried in the order of their definition.
+
+class RouteError(BottleException):
+    """Something is wrong with a route."""
+
+
+class RouteSyntaxError(RouteError):
+    """A rule cannot be read."""
+
+
+class RouteBuildError(RouteError):
+    """No URL can be made of a route."""
+
+
+# <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
+WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::([A-Za-z_]*)(?::((?:\\.|[^\\>])+))?)?>", re.ASCII)
+GROUP = re.compile(r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))")
+NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
+
+FilterParts = Tuple[str, Optional[Callable], Optional[Callable]]
+FILTERS: Dict[str, Callable[[Optional[str]], FilterParts]] = {
+    "default": lambda config: (r"[^/]+", None, None),
+    "int": lambda config: (r"-?[0-9]+", int, lambda value: str(int(value))),
+    "float": lambda config: (r"-?[0-9.]+", float, lambda value: str(float(value))),
+    "path": lambda config: (r".+?", None, None),
+    "re": lambda config: (GROUP.sub(lambda m: m[1] or "(?:", config or r"[^/]+"), None, None),
+}
+
+
+class Rule:
+    """A rule with wildcards: its pattern, what converts its values, and its target."""
+
+    __slots__ = ("order", "pattern", "compiled", "converters", "target")
+
+    def __init__(self, order: int, pattern: str, converters: List[Tuple[str, Callable]],
+                 target: object) -> None:
+        self.order = order            # of definition
+        self.pattern = pattern        # of the whole path
+        self.compiled: Optional[Pattern] = None  # when first needed: compiling takes 100 us
+        self.converters = converters  # [(name, text to value)]
+        self.target = target
+
+    def match(self, path: str) -> Optional[Match]:
+        if self.compiled is None:
+            self.compiled = re.compile(self.pattern, re.DOTALL)
+        return self.compiled.fullmatch(path)
+
+
+class Node:
+    """A place in the tree of segments."""
+
+    __slots__ = ("static", "wild", "ends", "spanning")
+
+    def __init__(self) -> None:
+        self.static: Dict[str, Node] = {}  # the next segment as text
+        self.wild: Optional[Node] = None   # the next segment has a wildcard
+        self.ends: List[Rule] = []         # rules that end here
+        self.spanning: List[Rule] = []     # rules whose next wildcard may hold a slash
+
+
+class RouteTable:
+    """The rules of one method."""
+
+    def __init__(self) -> None:
+        self.static: Dict[str, object] = {}  # path -> target
+        self.root = Node()
+        self.rules: Dict[str, Rule] = {}     # pattern without names -> rule
+
+    def find(self, path: str) -> Optional[Tuple[object, Optional[Rule], Optional[Match]]]:
+        """(target, rule, match) of the first that fits; (target, None, None) for a static one."""
+        target = self.static.get(path)
+        if target is not None:
+            return target, None, None
+        if self.rules:
+            for rule in self.candidates(path):
+                match = rule.match(path)
+                if match:
+                    return rule.target, rule, match
+        return None
+
+    def candidates(self, path: str) -> List[Rule]:
+        """The rules whose static segments fit, in the order of their definition."""
+        segments = path.split("/")
+        last = len(segments)
+        found: List[Rule] = []
+        todo = [(self.root, 0)]
+        while todo:
+            node, depth = todo.pop()
+            found += node.spanning
+            if depth == last:
+                found += node.ends
+                continue
+            child = node.static.get(segments[depth])
+            if child is not None:
+                todo.append((child, depth + 1))
+            if node.wild is not None:
+                todo.append((node.wild, depth + 1))
+        if len(found) > 1:
+            found.sort(key=lambda rule: rule.order)
+        return found
+
+    def place(self, segments: List[Optional[str]], spans: bool) -> List[Rule]:
+        """The list in the tree where a rule of these segments (None: with a wildcard) belongs."""
+        node = self.root
+        for segment in segments:
+            if segment is None:
+                node.wild = node.wild or Node()
+                node = node.wild
+            else:
+                node = node.static.setdefault(segment, Node())
+        return node.spanning if spans else node.ends
+
+
+class Router:
+    """Finds the target of a request, and builds the URL of a target."""
+
+    def __init__(self) -> None:
+        self.filters = dict(FILTERS)
+        self.tables: Dict[str, RouteTable] = {}       # by method
+        self.orders: Dict[str, List[RouteTable]] = {}  # method -> the tables to ask, in this order
+        self.builders: Dict[str, list] = {}            # name or rule -> its parts
+        self.count = 0
+
+    def add_filter(self, name: str, func: Callable[[Optional[str]], FilterParts]) -> None:
+        """`func(config)` returns (regex, text to value or None, value to text or None)."""
+        self.filters[name] = func
+
+    def add(self, rule: str, method: str, target: object, name: Optional[str] = None) -> None:
+        """Add a rule, or give an equal one of the same method another target."""
+        parts = self.parse(rule)
+        self.builders[rule] = parts
+        if name:
+            self.builders[name] = parts
+        table = self.tables.get(method)
+        if table is None:
+            table = self.tables[method] = RouteTable()
+            self.orders = {}
+        if all(type(part) is str for part in parts):
+            table.static["".join(parts)] = target
+            return
+        pattern, flat, segments, spans = self.flatten(rule, parts)
+        known = table.rules.get(flat)
+        if known is not None:  # as Bottle: at its old place
+            known.target, known.pattern, known.compiled = target, pattern, None
+            known.converters = converters_of(parts)
+            return
+        self.count += 1
+        made = table.rules[flat] = Rule(self.count, pattern, converters_of(parts), target)
+        table.place(segments, spans).append(made)
+
+    def parse(self, rule: str) -> list:
+        """"/a/<n:int>" -> ["/a/", ("n", "int", pattern, to value, to text)]."""
+        parts: list = []
+        end = 0
+        for match in WILDCARD.finditer(rule):
+            slashes, name, kind, config = match.groups()
+            text = rule[end:match.start()]
+            end = match.end()
+            if len(slashes) % 2:  # escaped: text as it stands
+                parts.append(text + match[0][1:])
+                continue
+            parts.append(text + slashes)
+            kind = kind or "default"
+            if kind not in self.filters:
+                raise RouteSyntaxError(f"unknown filter {kind!r} in rule {rule!r}")
+            filtered = self.filters[kind](config.replace("\\>", ">") if config else None)
+            try:
+                kind in FILTERS and kind != "re" or re.compile(filtered[0])
+            except re.error as error:
+                raise RouteSyntaxError(f"bad pattern in rule {rule!r}: {error}") from None
+            parts.append((name, kind) + tuple(filtered))
+        parts.append(rule[end:])
+        return [part for part in parts if part != ""] or [""]
+
+    def flatten(self, rule: str, parts: list) -> Tuple[str, str, List[Optional[str]], bool]:
+        """(pattern, pattern without names, segments up to a wildcard that spans them, whether)."""
+        pattern = flat = ""
+        names: Set[str] = set()
+        segments: List[Optional[str]] = [""]
+        spans = False
+        for part in parts:
+            if type(part) is str:
+                pattern += re.escape(part)
+                flat += re.escape(part)
+                if not spans:
+                    first, *others = part.split("/")
+                    segments[-1] = None if segments[-1] is None else segments[-1] + first
+                    segments += others
+                continue
+            name, kind, regex = part[:3]
+            if name in names:
+                raise RouteSyntaxError(f"wildcard {name!r} twice in rule {rule!r}")
+            names.add(name)
+            pattern += f"(?P<{name}>{regex})" if name else f"(?:{regex})"
+            flat += f"(?:{regex})"
+            if not spans and kind not in NO_SLASH:
+                spans = True
+                segments.pop()
+            elif not spans:
+                segments[-1] = None
+        return pattern, flat, segments, spans
+
+    def find(self, method: str, path: str) -> Optional[tuple]:
+        """(target, rule, match), or None. As Bottle: PROXY, the method (GET for HEAD), ANY."""
+        tables = self.orders.get(method)
+        if tables is None:
+            order = ("PROXY", method) + (("GET",) if method == "HEAD" else ()) + ("ANY",)
+            tables = [self.tables[name] for name in order if name in self.tables]
+            if len(self.orders) < 64:
+                self.orders[method] = tables
+        for table in tables:
+            found = table.find(path)
+            if found:
+                return found
+        return None
+
+    def allowed(self, path: str) -> List[str]:
+        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1)."""
+        methods = {name for name, table in self.tables.items() if table.find(path)}
+        if methods:
+            methods.add("OPTIONS")
+        if "GET" in methods:
+            methods.add("HEAD")
+        return sorted(methods)
+
+    def build(self, name: str, **args: object) -> str:
+        """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError."""
+        parts = self.builders.get(name)
+        if parts is None:
+            raise RouteBuildError(f"no route has the name or rule {name!r}")
+        path = ""
+        for part in parts:
+            if type(part) is str:
+                path += quote(part)
+                continue
+            key, kind, _, _, to_text = part
+            if key not in args:
+                raise RouteBuildError(f"argument {key!r} is missing to build {name!r}")
+            value = args.pop(key)
+            path += quote(to_text(value) if to_text else str(value),
+                          safe="" if kind in NO_SLASH else "/")
+        return path + ("?" + urlencode(args, doseq=True) if args else "")
+
+
+def converters_of(parts: list) -> List[Tuple[str, Callable]]:
+    return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
+
+
+# === 9. App ===================================================================
+# Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
+# request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
+# _cast (what was returned to bytes) -> start_response.
+
+class Plan:
+    """What a server may know of a request once its head is in, before its body and the call."""
+
+    __slots__ = ("early", "stream", "max_body", "slow")
+
+    def __init__(self, early: bool = False, stream: bool = False,
+                 max_body: Optional[int] = None) -> None:
+        self.early = early        # the answer does not need the body: 404, 405
+        self.stream = stream      # call when the head is in; the body is read as it arrives
+        self.max_body = max_body  # bytes; None: the server's limit
+        self.slow = 0             # above 0: calls have blocked lately. The server counts it
+
+
+EARLY = Plan(early=True)
+AS_EVER = Plan()
+
+
+class Route:
+    """A rule, and the function or Handler class behind it."""
+
+    def __init__(self, app: "App", rule: str, method: str, callback: Callable,
+                 name: Optional[str] = None, stream: bool = False,
+                 max_body: Optional[int] = None, **config: object) -> None:
+        self.app = app
+        self.rule = rule
+        self.method = method
+        self.callback = callback
+        self.name = name
+        self.config = config
+        self.plan = Plan(stream=stream, max_body=max_body)
+        if is_handler(callback):
+            self.call: Callable = partial(run_handler, callback)
+            self.wants_request = True
+        else:
+            self.call = callback
+            wildcards = [part[0] for part in app.router.parse(rule) if type(part) is not str]
+            self.wants_request = first_parameter(callback) == "request" not in wildcards
+
+    def __repr__(self) -> str:
+        return f"<{self.method} {self.rule} -> {name_of(self.callback)}>"
+
+
+def name_of(callback: Callable) -> str:
+    return (f"{getattr(callback, '__module__', '?')}:"
+            f"{getattr(callback, '__qualname__', type(callback).__name__)}")
+
+
+def first_parameter(callback: Callable) -> Optional[str]:
+    """The name of the first parameter that a caller fills in: not `self` of a bound method."""
+    skip = 0
+    while True:
+        if isinstance(callback, partial):
+            skip += len(callback.args)
+            callback = callback.func
+        elif hasattr(callback, "__func__"):  # a bound method
+            skip += 1
+            callback = callback.__func__
+        elif hasattr(callback, "__wrapped__"):  # functools.wraps
+            callback = callback.__wrapped__
+        elif hasattr(callback, "__code__"):
+            code = callback.__code__
+            names = code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount]
+            return names[0] if names else None
+        elif hasattr(type(callback).__call__, "__code__"):  # an object with __call__
+            skip += 1
+            callback = type(callback).__call__
+        else:
+            return None
+
+
+VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+class Handler:
+    """A class whose methods answer the verbs: one instance a request, which it is given.
+
+        class Note(Handler):
+            def get(self, id): return NOTES[id]
+        app.route("/notes/<id:int>", Note)
+    """
+
+    verbs: Dict[str, Callable] = {}
+    request: Request
+    response: Response
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        made = {verb: getattr(cls, verb.lower()) for verb in VERBS if hasattr(cls, verb.lower())}
+        cls.verbs = made
+
+    def prepare(self) -> object:
+        """Before the verb. What it returns, if not None, is the answer instead of the verb's."""
+
+    def on_error(self, error: HTTPError) -> object:
+        """The body of an error page; raise `error` to have the application's."""
+        raise error
+
+    def on_finish(self) -> None:
+        """After the verb, whatever came of it; the answer is made, so it changes nothing."""
+
+    def write(self, piece: Any) -> None:
+        """Add to the body (str, bytes, or a dict as JSON) of a verb that returns None."""
+        if isinstance(piece, (dict, list)):
+            self.response.content_type = "application/json"
+            piece = json_dumps(piece)
+        data = piece.encode("utf-8") if isinstance(piece, str) else bytes(piece)
+        self.__dict__.setdefault("written", []).append(data)
+
+    def set_header(self, name: str, value: object) -> None:
+        self.response.set_header(name, value)
+
+    def set_status(self, status: Union[int, str]) -> None:
+        self.response.status = status
+
+    def redirect(self, url: str, code: Optional[int] = None) -> NoReturn:
+        redirect(url, code, request=self.request)
+
+
+def is_handler(callback: Any) -> bool:
+    return isinstance(callback, type) and issubclass(callback, Handler)
+
+
+def run_handler(cls: Any, /, request: Request, **args: object) -> object:
+    """One request through a Handler class."""
+    handler = cls()
+    handler.request = request
+    handler.response = response_of(request.environ)
+    method = request.method
+    verb = cls.verbs.get(method) or cls.verbs["GET"]  # HEAD, where there is only GET
+    try:
+        out = handler.prepare()
+        if out is None:
+            out = verb(handler, **args)
+        if out is None and "written" in handler.__dict__:
+            out = b"".join(handler.written)
+        return out
+    except HTTPError as error:
+        return handler_error(handler, error)
+    except HTTPResponse:
+        raise
+    except Exception as error:
+        return handler_error(handler, request.app.failure(error, request.environ))
+    finally:
+        handler.on_finish()
+
+
+def handler_error(handler: Handler, error: HTTPError) -> object:
+    """The answer of `on_error`, under the status and the headers of the error."""
+    body = handler.on_error(error)
+    if isinstance(body, Response):
+        raise body if isinstance(body, HTTPResponse) else TypeError("on_error returned a Response")
+    handler.response.merge(error)
+    return body
+
+
+class App:
+    """An application: routes, hooks, error handlers. A WSGI callable, and Bottle's `Bottle`."""
+
+    def __init__(self, catchall: bool = True, **config: object) -> None:
+        self.catchall = catchall  # False: exceptions go on to the server or middleware
+        self.config = config
+        self.routes: List[Route] = []
+        self.router = Router()
+        self.error_handler: Dict[int, Callable] = {}
+        self._hooks: Dict[str, List[Callable]] = {"before_request": [], "after_request": []}
+
+    # -- what people say --
+
+    def route(self, path=None, method="GET", callback=None, name=None, **config):
+        """Bind a function or Handler class to a rule (or several), also as a decorator.
+
+        `method` is one or a list; a Handler class brings its own. `stream=True`: call it when the
+        head is in, and let it read the body from request.environ["wsgi.input"] as it arrives.
+        """
+        if is_handler(method):  # route("/x", Note)
+            method, callback = None, method
+
+        def decorator(callback: Any) -> Any:
+            methods = list(callback.verbs) if is_handler(callback) else listed(method)
+            if not methods:
+                raise RouteError(f"{name_of(callback)} has no verb such as get")
+            for rule in listed(path):
+                for verb in methods:
+                    made = Route(self, rule, verb.upper(), callback, name, **config)
+                    self.routes.append(made)
+                    self.router.add(rule, made.method, made, name)
+            return callback
+
+        return decorator(callback) if callback else decorator
+
+    def get(self, path=None, method="GET", **options):
+        """route(), for GET (and so HEAD)."""
+        return self.route(path, method, **options)
+
+    def post(self, path=None, method="POST", **options):
+        """route(), for POST."""
+        return self.route(path, method, **options)
+
+    def put(self, path=None, method="PUT", **options):
+        """route(), for PUT."""
+        return self.route(path, method, **options)
+
+    def delete(self, path=None, method="DELETE", **options):
+        """route(), for DELETE."""
+        return self.route(path, method, **options)
+
+    def patch(self, path=None, method="PATCH", **options):
+        """route(), for PATCH."""
+        return self.route(path, method, **options)
+
+    def error(self, code=500, callback=None):
+        """Bind a function to a status: it is given the HTTPError and returns the body."""
+        def decorator(callback: Callable) -> Callable:
+            self.error_handler[int(code)] = callback
+            return callback
+        return decorator(callback) if callback else decorator
+
+    def add_hook(self, name: str, func: Callable) -> None:
+        """`before_request` (a Response that it returns or raises ends the request), in order;
+        `after_request`, in reverse, after every request, errors too."""
+        if name not in self._hooks:
+            raise KeyError(f"no hook {name!r}; there are {', '.join(self._hooks)}")
+        self._hooks[name].append(func) if name == "before_request" else \
+            self._hooks[name].insert(0, func)
+
+    def remove_hook(self, name: str, func: Callable) -> Optional[bool]:
+        """True if it was there."""
+        if func in self._hooks[name]:
+            self._hooks[name].remove(func)
+            return True
+        return None
+
+    def hook(self, name: str) -> Callable:
+        """add_hook as a decorator."""
+        def decorator(func: Callable) -> Callable:
+            self.add_hook(name, func)
+            return func
+        return decorator
+
+    def get_url(self, name: str, **args: object) -> str:
+        """The path of a route, by its name or rule; what is no wildcard goes into the query."""
+        return request.script_name.rstrip("/") + self.router.build(name, **args)
+
+    def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
+        """(route, arguments). Raises HTTPError 400, 404, 405."""
+        found = self._find(environ)
+        if isinstance(found, HTTPResponse):
+            raise found
+        return found[3], found[4]
+
+    def run(self, **options: Any) -> None:
+        """Serve this application; see minibottle.run."""
+        run(self, **options)
+
+    # -- a request --
+
+    def __call__(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        return self.wsgi(environ, start_response)
+
+    def minibottle_plan(self, environ: Dict[str, Any]) -> Plan:
+        """For the server, once the head is in: route, and say how the call is to be made.
+
+        Runs no code of the application's: filters convert later.
+        """
+        found = environ["minibottle.route"] = self._look_up(environ)
+        return found[3].plan if found else EARLY
+
+    def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
+        """(self, method, PATH_INFO, route, rule and match or None), or None."""
+        method = environ["REQUEST_METHOD"].upper()
+        info = environ["PATH_INFO"]
+        try:
+            found = self.router.find(method, wsgi_to_text(info) or "/")
+        except UnicodeError:
+            return None
+        if found is None:
+            return None
+        route, rule, match = found
+        return self, method, info, route, (rule, match) if rule else NO_ARGS
+
+    def _find(self, environ: Dict[str, Any]) -> Union[tuple, HTTPResponse]:
+        """(self, method, PATH_INFO, route, arguments), by the plan's work if it still fits."""
+        found = environ.get("minibottle.route")
+        if (found is None or found[0] is not self or found[2] != environ.get("PATH_INFO")
+                or found[1] != environ["REQUEST_METHOD"]):
+            found = self._look_up(environ)
+            if found is None:
+                return self._not_found(environ)
+        if type(found[4]) is tuple:
+            rule, match = found[4]
+            args = match.groupdict()
+            try:
+                for name, convert in rule.converters:
+                    args[name] = convert(args[name])
+            except ValueError:
+                return HTTPError(400, "Path has wrong format.")
+            found = found[:4] + (args,)
+        environ["minibottle.route"] = found
+        return found
+
+    def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
+        """400, 404 or 405; also the 204 to OPTIONS where no route takes it (RFC 9110 9.3.7)."""
+        try:
+            path = wsgi_to_text(environ.get("PATH_INFO", "")) or "/"
+        except UnicodeError:
+            return HTTPError(400, "The path is not UTF-8.")
+        methods = self.router.allowed(path)
+        if not methods:
+            return HTTPError(404, f"Not found: {path!r}")
+        if environ["REQUEST_METHOD"].upper() == "OPTIONS":
+            return HTTPResponse("", 204, Allow=", ".join(methods))
+        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+
+    def _handle(self, environ: Dict[str, Any]) -> Any:
+        """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
+        before, after = self._hooks["before_request"], self._hooks["after_request"]
+        try:
+            out: Any = run_hooks(before) if before else None
+            if out is None:
+                out = self._call(environ)
+        except HTTPResponse as answer:
+            out = answer
+        except Exception as error:
+            out = self.failure(error, environ)
+        if isinstance(out, Response):
+            out = self._apply(out, environ)
+        if after:
+            try:
+                for hook in after:
+                    hook()
+            except HTTPResponse as answer:
+                out = self._apply(answer, environ)
+            except Exception as error:
+                out = self._apply(self.failure(error, environ), environ)
+        return out
+
+    def _call(self, environ: Dict[str, Any]) -> object:
+        refused = environ.get("minibottle.refused")
+        if refused is not None:
+            raise refused
+        found = self._find(environ)
+        if type(found) is not tuple:
+            return found
+        route, args = found[3], found[4]
+        if route.wants_request:
+            return route.call(request=Request(environ), **args)
+        return route.call(**args)
+
+    def _apply(self, out: Response, environ: Dict[str, Any]) -> object:
+        """Status, headers and cookies of a returned or raised Response onto the request's own."""
+        own = response_of(environ)
+        if out is not own and not isinstance(out, LocalResponse):
+            own.merge(out)
+        return out if isinstance(out, HTTPError) else out.body
+
+    def failure(self, error: BaseException, environ: Dict[str, Any]) -> HTTPError:
+        """The HTTPError for an exception, which is logged if it is no fault of the client's."""
+        if isinstance(error, HTTPError):
+            return error
+        if isinstance(error, BadRequest):
+            return HTTPError(error.status, str(error), error)
+        if not self.catchall:
+            raise error
+        log.error("%s %s: unhandled exception", printable(environ.get("REQUEST_METHOD", "?")),
+                  printable(environ.get("PATH_INFO", "?")), exc_info=error)
+        return HTTPError(500, "Internal Server Error", error)
+
+    def default_error_handler(self, res: HTTPError) -> object:
+        """The page of an error that has no handler of its own; override it for another look."""
+        if isinstance(res.body, (dict, list)):
+            return res.body
+        title = html_escape(res.status_line)
+        return ERROR_PAGE.format(title=title, text=html_escape(str(res.body or "")))
+
+    # -- what was returned, to bytes --
+
+    def _cast(self, out: Any) -> Any:
+        """A returned value -> the body, as bytes or as an iterable of bytes."""
+        if type(out) is str:  # FAST: the most common first; encode() below agrees
+            environ = CURRENT.get()
+            if environ.get("minibottle.response") is None:
+                return out.encode("utf-8")
+        if isinstance(out, HTTPError):
+            out = self._error_page(out)
+        if isinstance(out, str):
+            return out.encode(response.charset)
+        if isinstance(out, (bytes, bytearray, memoryview)):
+            return bytes(out)
+        if isinstance(out, dict) or isinstance(out, list) and not (
+                out and isinstance(out[0], (str, bytes))):
+            response.content_type = "application/json"
+            return json_dumps(out).encode("utf-8")
+        if out is None or isinstance(out, (list, tuple)):
+            return b"".join([encode_piece(piece) for piece in out or ()])
+        if hasattr(out, "read"):
+            wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
+            return wrap(out)
+        if hasattr(out, "__iter__"):
+            return self._cast_iterator(out)
+        raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
+
+    def _error_page(self, error: HTTPError) -> object:
+        """The body for an HTTPError. A handler that fails costs its page, and no more."""
+        handler = self.error_handler.get(error.status_code, self.default_error_handler)
+        try:
+            out = handler(error)
+            if isinstance(out, Response) and out is not error:
+                out = self._apply(out, request.environ)
+            if not isinstance(out, HTTPError):
+                return out
+            if out is not error:
+                return out.body if isinstance(out.body, (str, bytes)) else str(out.body)
+        except Exception as failure:
+            self._log_error_handler(error, failure)
+        response.status = 500
+        response.content_type = "text/plain; charset=UTF-8"
+        return "500 Internal Server Error: the error handler failed\n"
+
+    def _log_error_handler(self, error: HTTPError, failure: Exception) -> None:
+        log.error("the error handler for %s failed", error.status_line, exc_info=failure)
+
+    def _cast_iterator(self, out: Iterable) -> Any:
+        """An iterator whose every step sees this request; it is begun, so that the code before its
+        first yield may still set status and headers."""
+        context = copy_context()
+        close: Callable = partial(context.run, getattr(out, "close", NOTHING_TO_CLOSE))
+        pieces = iter(out)
+        try:
+            first: object = b""
+            while not first:
+                first = next(pieces, None)
+                if first is None:
+                    break
+        except HTTPResponse as answer:
+            first = answer
+        except Exception:
+            close()
+            raise
+        if isinstance(first, Response):
+            close()
+            return self._cast(self._apply(first, request.environ))
+        if first is None:
+            close()
+            return b""
+        if not isinstance(first, (str, bytes)):
+            close()
+            raise TypeError(f"an iterator must give str or bytes, not {type(first).__name__}")
+        encoding = response.charset
+        steps = chain((first,), pieces)
+        return ClosingIterator(partial(context.run, next_piece, steps, encoding), close)
+
+    def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
+        """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
+        token = CURRENT.set(environ)
+        try:
+            try:
+                out = self._cast(self._handle(environ))
+            except Exception as error:  # what was returned cannot be sent
+                out = self._cast(self._apply(self.failure(error, environ), environ))
+            answer = environ.get("minibottle.response")
+            if answer is None:
+                status, headers = "200 OK", [HTML]
+                bodiless = environ["REQUEST_METHOD"] == "HEAD"
+            else:
+                status, headers = answer.status_line, answer.headerlist
+                bodiless = environ["REQUEST_METHOD"] == "HEAD" or answer.status_code in BODILESS
+            if type(out) is bytes:
+                if answer is None or answer.status_code not in BODILESS:
+                    if answer is None or "Content-Length" not in answer.headers.dict:
+                        headers.append(("Content-Length", str(len(out))))
+                out = [out]
+            start_response(status, headers)
+            if bodiless:
+                getattr(out, "close", NOTHING_TO_CLOSE)()
+                return []
+            return out
+        finally:
+            CURRENT.reset(token)
+
+
+Bottle = App
+NO_ARGS: dict = {}
+HTML = ("Content-Type", Response.default_content_type)
+BODILESS = (100, 101, 204, 304)
+ERROR_PAGE = """<!DOCTYPE html>
+<html><head><meta charset="utf-8"><title>{title}</title></head>
+<body><h1>{title}</h1><p>{text}</p></body></html>
+"""
+
+
+def NOTHING_TO_CLOSE() -> None:
+    pass
+
+
+def listed(value: object) -> list:
+    """"a" -> ["a"], ("a", "b") -> ["a", "b"], None -> []."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]
+
+
+def run_hooks(hooks: List[Callable]) -> Optional[Response]:
+    """Call each; the first Response that one returns ends it."""
+    for hook in hooks:
+        out = hook()
+        if isinstance(out, Response):
+            return out
+    return None
+
+
+def encode_piece(piece: object) -> bytes:
+    if isinstance(piece, str):
+        return piece.encode("utf-8")
+    if isinstance(piece, bytes):
+        return piece
+    raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
+
+
+def next_piece(pieces: Iterator, encoding: str) -> bytes:
+    piece = next(pieces)
+    return piece.encode(encoding) if isinstance(piece, str) else piece
+
+
+def printable(text: object) -> str:
+    """For a log line: control characters and what is not ASCII escaped."""
+    return str(text).encode("ascii", "backslashreplace").decode("ascii").translate(ESCAPES)
+
+
+ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
+ESCAPES[ord('"')] = '\\"'
+
+
+# === 10. Test client ==========================================================
+# Requests to an application in this process: no socket, no server, cookies kept.
+
+class Answer:
+    """What a TestClient got."""
+
+    def __init__(self, status: str, headers: List[Tuple[str, str]], body: bytes) -> None:
+        self.status = status                  # "200 OK"
+        self.status_code = int(status[:3])
+        self.headers = HeaderDict()
+        for name, value in headers:
+            self.headers.append(name, wsgi_to_text(value))
+        self.body = body
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status}, {len(self.body)} bytes>"
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(parse_options(self.headers.get("Content-Type", ""))[1].get(
+            "charset", "utf-8"))
+
+    @property
+    def json(self) -> object:
+        """Raises ValueError where the body is no JSON."""
+        return json_loads(self.body)
+
+
+class TestClient:
+    """Ask a WSGI application: `TestClient(app).get("/hello/Ada").json["hello"] -> "Ada"`.
+
+    Cookies that an answer sets are sent from then on (`client.cookies`: name to value).
+    """
+
+    __test__ = False  # pytest: this is no test
+
+    def __init__(self, app: Callable) -> None:
+        self.app = app
+        self.cookies: Dict[str, str] = {}
+
+    def request(self, method: str, path: str, headers: Optional[Dict[str, str]] = None, *,
+                query: Optional[dict] = None, body: Union[bytes, str] = b"",
+                json: object = None, form: Optional[dict] = None) -> Answer:
+        """One request. `path` may hold a query; `json` and `form` make the body and its type."""
+        data = body.encode("utf-8") if isinstance(body, str) else body
+        given = HeaderDict(headers or {})
+        if json is not None:
+            data = json_dumps(json).encode("utf-8")
+            given.setdefault("Content-Type", "application/json")
+        elif form is not None:
+            data = urlencode(form, doseq=True).encode("ascii")
+            given.setdefault("Content-Type", "application/x-www-form-urlencoded")
+        if self.cookies and "Cookie" not in given:
+            given["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        path, _, text = path.partition("?")
+        if query:
+            text = (text and text + "&") + urlencode(query, doseq=True)
+        answer = self._call(self._environ(method, path, text, given, data))
+        for line in answer.headers.getall("Set-Cookie"):
+            self._keep_cookie(line)
+        return answer
+
+    def get(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
+        """request("GET", …), as the next ones are for their verbs."""
+        return self.request("GET", path, headers, **options)
+
+    def head(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
+        return self.request("HEAD", path, headers, **options)
+
+    def post(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
+        return self.request("POST", path, headers, **options)
+
+    def put(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
+        return self.request("PUT", path, headers, **options)
+
+    def patch(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
+        return self.request("PATCH", path, headers, **options)
+
+    def delete(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
+        return self.request("DELETE", path, headers, **options)
+
+    def options(self, path: str, headers: Optional[Dict[str, str]] = None,
+                **options: Any) -> Answer:
+        return self.request("OPTIONS", path, headers, **options)
+
+    def _environ(self, method: str, path: str, query: str, headers: HeaderDict,
+                 data: bytes) -> Dict[str, Any]:
+        environ = {
+            "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query,
+            "PATH_INFO": unquote_to_bytes(text_to_wsgi(path).encode("latin-1")).decode("latin-1"),
+            "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost", "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(data), "wsgi.errors": sys.stderr,
+            "wsgi.multithread": False, "wsgi.multiprocess": False, "wsgi.run_once": False}
+        if data:
+            environ["CONTENT_LENGTH"] = str(len(data))
+        for name, value in headers.allitems():
+            key = name.upper().replace("-", "_")
+            environ[key if key == "CONTENT_TYPE" else "HTTP_" + key] = text_to_wsgi(str(value))
+        return environ
+
+    def _call(self, environ: Dict[str, Any]) -> Answer:
+        started: list = []
+        pieces: List[bytes] = []
+
+        def start_response(status: str, headers: list, exc_info: object = None) -> Callable:
+            started[:] = check_status(status), [tuple(pair) for pair in headers]
+            for pair in started[1]:
+                format_field(pair)
+            return pieces.append
+
+        result = self.app(environ, start_response)
+        try:
+            pieces.extend(result)
+        finally:
+            if hasattr(result, "close"):
+                result.close()
+        return Answer(started[0], started[1], b"".join(pieces))
+
+    def _keep_cookie(self, line: str) -> None:
+        pair, *attributes = line.split(";")
+        name, _, value = pair.partition("=")
+        if any(a.strip().lower() in ("max-age=0", "max-age=-1") for a in attributes):
+            self.cookies.pop(name, None)
+        else:
+            self.cookies[name] = value
+
+
+# === 11. Event loop ===========================================================
+# One loop, which changes threads when user code blocks. Three things have owners, and each changes
+# hands by one atomic container operation, never by a flag and a check:
+#   the loop       one ticket. In the hand of the thread that runs the loop, or on that thread's own
+#                  `table` while user code runs; whoever pops it from there has the loop.
+#   a connection   in `ready` (only the loop takes from it), in `again` (has unread requests), with
+#                  a job in `waiting` (needs a thread), in one thread's hands, or closed.
+#   a spare thread in `spares`, under the lock; popped is promised.
+# The monitor (the worker's main thread, which runs no user code) takes the ticket of a call that
+# lasts, and gives it to a spare: first the receiver, then the ticket.
+
+IN, OUT, OFF = 1, 4, 1 << 30  # EPOLLIN, EPOLLOUT, EPOLLONESHOT: a mask of 0 would let HUP spin
+
+MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread the loop
+SLOW_SECONDS = 0.001        # a call that lasts longer has blocked
+SLOW_MEMORY = 16            # fast calls until a route that has blocked is called inline again
+SPARE_SECONDS = 10.0        # an unused thread ends
+SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
+HEARTBEAT_SECONDS = 5.0
+PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
+ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
+DRAIN_IDLE_SECONDS = 1.0    # a draining worker closes what is idle for so long (RFC 9112 9.3.1)
+LINGER_SECONDS = 2.0        # input is read and dropped for so long, so that the answer arrives
+
+monotonic = time.monotonic
+
+
+class SelectorPoll:
+    """select.epoll's methods over `selectors`, for systems that have none. Not as fast."""
+
+    def __init__(self) -> None:
+        import selectors
+        self.selector = selectors.DefaultSelector()
+
+    def register(self, fd: int, mask: int) -> None:
+        self.modify(fd, mask)
+
+    def modify(self, fd: int, mask: int) -> None:
+        events = (mask & IN and 1) | (mask & OUT and 2)  # selectors.EVENT_READ, EVENT_WRITE
+        known = fd in self.selector.get_map()
+        if not events:
+            known and self.selector.unregister(fd)
+        else:
+            (self.selector.modify if known else self.selector.register)(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        if fd in self.selector.get_map():
+            self.selector.unregister(fd)
+
+    def poll(self, timeout: float, maxevents: int) -> List[Tuple[int, int]]:
+        ready = self.selector.select(None if timeout < 0 else timeout)
+        return [(key.fd, events) for key, events in ready[:maxevents]]
+
+    def close(self) -> None:
+        self.selector.close()
+
+
+class Waker:
+    """A pair of sockets: `wake()` from any thread ends a poll that watches `fd`."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
+        self.writer.setblocking(False)
+        self.fd = self.reader.fileno()
+
+    def wake(self) -> None:
+        try:
+            self.writer.send(b"x")
+        except OSError:  # full: it wakes anyway
+            pass
+
+    def drain(self) -> None:
+        try:
+            self.reader.recv(4096)
+        except OSError:
+            pass
+
+    def wait(self, timeout: float) -> None:
+        self.reader.settimeout(timeout)
+        self.drain()
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+
+
+class Hand:
+    """A thread, as the others see it."""
+
+    __slots__ = ("table", "wake", "holds", "since", "exchange", "thread")
+
+    def __init__(self) -> None:
+        self.table: List[float] = []  # the ticket (the time the call began) while user code runs
+        self.wake = _thread.allocate_lock()
+        self.wake.acquire()
+        self.holds = False            # it has the loop; only the thread itself clears it
+        self.since = 0.0              # off the loop: when its call began; 0.0: it runs none
+        self.exchange: Optional["Exchange"] = None  # what it calls for
+        self.thread: Any = None
+
+
+class Listener:
+    """A bound socket, and the part of the environ that is the same for all its requests."""
+
+    __slots__ = ("sock", "fd", "template")
+
+    def __init__(self, sock: socket.socket, template: dict) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.template = template
+
+
+IDLE, HEAD, BODY, WRITE, LINGER = "idle", "head", "body", "write", "linger"
+
+
+class Connection:
+    """What an idle connection costs."""
+
+    __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase", "since",
+                 "deadline", "exchange")
+
+    def __init__(self, sock: socket.socket, peer: object, template: dict, now: float,
+                 deadline: float) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.addr, self.port = peer[:2] if isinstance(peer, tuple) else ("", "")
+        self.template = template
+        self.buf = b""            # read, and not used yet
+        self.want = IN            # what it waits for: IN or OUT
+        self.mask = IN            # what the poller watches it for: want, or OFF
+        self.phase = IDLE
+        self.since = now          # idle since
+        self.deadline = deadline  # monotonic seconds
+        self.exchange: Any = None  # an Exchange that is begun, and not ended
+
+
+class Loop:
+    """The loop, its threads and its monitor. What is done with a connection, a subclass says: in
+    on_event, advance, perform, on_expired, on_queue_full and on_failure."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.poller: Any = select.epoll() if hasattr(select, "epoll") else SelectorPoll()
+        self.wakes_poller = hasattr(select, "epoll")  # a change is seen by a poll that runs
+        self.waker = Waker()           # wakes the loop
+        self.bell = Waker()            # wakes the monitor
+        self.watched: Dict[int, Callable[[], object]] = {self.waker.fd: self.waker.drain}
+        self.poller.register(self.waker.fd, IN)
+        self.lock = _thread.allocate_lock()
+        self.ready: Dict[int, Connection] = {}
+        self.connections: Dict[int, Connection] = {}
+        self.again: Deque[Connection] = deque()
+        self.waiting: Deque[Tuple[float, "Exchange"]] = deque()
+        self.spares: List[Hand] = []
+        self.hands: List[Hand] = []
+        self.holder = Hand()           # until the first thread is there
+        self.asleep: List[int] = []    # not empty: the monitor sleeps
+        self.listeners: Dict[int, Listener] = {}
+        self.paused = 0.0              # until then the listeners are left; 0.0: they are not
+        self.draining = 0.0            # until then what is begun may end; 0.0: not draining
+        self.over = False
+        self.sweep_at = 0.0
+        self.soonest = min(settings.header_timeout, settings.body_timeout,
+                           settings.keepalive_timeout, settings.write_timeout, LINGER_SECONDS)
+        self.heartbeat = min(HEARTBEAT_SECONDS, max(0.5, settings.worker_timeout / 4))
+        self.beat_at = 0.0
+        self.count = dict.fromkeys((
+            "accepted", "polls", "disarms", "rearms", "handovers", "jobs", "rouses", "looks",
+            "expired", "failed", "queue_full", "hung"), 0)
+
+    # -- what a subclass does --
+
+    def on_event(self, c: Connection, me: Hand) -> None:
+        raise NotImplementedError
+
+    def advance(self, c: Connection, me: Hand) -> None:
+        raise NotImplementedError
+
+    def perform(self, x: "Exchange", me: Hand) -> None:
+        raise NotImplementedError
+
+    def on_expired(self, c: Connection, me: Hand) -> None:
+        raise NotImplementedError
+
+    def on_queue_full(self, x: "Exchange", me: Hand) -> None:
+        raise NotImplementedError
+
+    def on_failure(self, c: Connection, error: BaseException, me: Hand) -> None:
+        raise NotImplementedError
+
+    def on_turn(self, me: Hand) -> None:
+        raise NotImplementedError
+
+    def on_heartbeat(self, now: float) -> None:
+        """Every few seconds, on the monitor."""
+
+    # -- the monitor --
+
+    def monitor(self) -> None:
+        """Run the worker until it is over. The main thread's: signals are served here."""
+        with self.lock:
+            first = self.start_thread()
+            if first is None:
+                raise RuntimeError("no thread could be started")
+            self.holder = first
+            first.holds = True
+        first.wake.release()
+        while not self.over:
+            now = monotonic()
+            if now >= self.beat_at:
+                self.beat_at = now + self.heartbeat
+                self.on_heartbeat(now)
+            if self.draining and now > self.draining:
+                break
+            self.count["looks"] += 1
+            try:
+                age = now - self.holder.table[-1]
+            except IndexError:  # nobody is in user code: sleep until somebody is
+                self.sleep()
+                continue
+            if age < MONITOR_SECONDS:
+                time.sleep(MONITOR_SECONDS - age)
+            elif not self.hand_over():
+                time.sleep(MONITOR_SECONDS)
+        self.shut_down()
+
+    def shut_down(self) -> None:
+        """Close all, and let the threads end; one that user code holds is left behind."""
+        self.stop()
+        with self.lock:
+            spares, self.spares = self.spares, []
+        for hand in spares:
+            hand.wake.release()
+        deadline = monotonic() + 1.0
+        for thread in [hand.thread for hand in self.hands]:
+            thread.join(max(0.0, deadline - monotonic()))
+        for listener in self.listeners.values():
+            listener.sock.close()
+        for c in list(self.connections.values()):
+            self.close(c)
+        self.poller.close()
+        self.waker.close()
+        self.bell.close()
+
+    def sleep(self) -> None:
+        """Until a call rouses the monitor. It says that it sleeps, then looks again; the caller
+        puts down the ticket, then looks whether it sleeps."""
+        self.asleep.append(1)
+        if not self.holder.table and not self.over:
+            self.bell.wait(0.1 if self.draining else self.heartbeat)
+        try:
+            self.asleep.pop()
+        except IndexError:  # roused: give the call its time
+            time.sleep(MONITOR_SECONDS)
+
+    def rouse(self) -> None:
+        """The caller's, when it has put down the ticket and found the monitor asleep."""
+        try:
+            self.asleep.pop()
+        except IndexError:  # another was first
+            return
+        self.count["rouses"] += 1
+        self.bell.wake()
+
+    def hand_over(self) -> bool:
+        """The monitor's: the call lasts. First a thread that will take the loop, then the ticket,
+        or there could be a ticket and nobody to take it. False: no thread is to be had."""
+        with self.lock:
+            hand = self.spares.pop() if self.spares else self.start_thread()
+            if hand is None:
+                return False
+            holder = self.holder
+            try:
+                holder.since = holder.table[-1]
+                holder.table.pop()
+            except IndexError:  # the call has just ended
+                self.spares.append(hand)
+                return True
+            hand.holds = True
+            self.holder = hand
+        hand.wake.release()
+        self.count["handovers"] += 1
+        return True
+
+    # -- threads --
+
+    def start_thread(self) -> Optional[Hand]:
+        """With the lock: a new thread, promised to the caller, who releases its `wake`."""
+        if len(self.hands) > self.settings.max_threads:
+            return None
+        hand = Hand()
+        self.hands.append(hand)
+        hand.thread = threading.Thread(target=self.live, args=(hand,), daemon=True,
+                                       name=f"minibottle-{len(self.hands)}")
+        try:
+            hand.thread.start()
+        except RuntimeError:  # the system gives no more
+            self.hands.remove(hand)
+            return None
+        return hand
+
+    def live(self, me: Hand) -> None:
+        """A thread's life: the loop while it holds it, then jobs, then as a spare."""
+        me.wake.acquire()
+        while True:
+            if me.holds:
+                self.run_loop(me)
+            if self.over:
+                return
+            while self.waiting and not me.holds:
+                self.take_job(me)
+            with self.lock:
+                if self.waiting:  # who queues a job looks for spares under the lock, afterwards
+                    continue
+                me.since = 0.0
+                self.spares.append(me)
+            if me.wake.acquire(timeout=SPARE_SECONDS):
+                continue
+            with self.lock:
+                if me in self.spares:
+                    self.spares.remove(me)
+                    self.hands.remove(me)
+                    return
+            me.wake.acquire()  # it was promised meanwhile
+
+    def take_job(self, me: Hand) -> None:
+        try:
+            queued, x = self.waiting.popleft()
+        except IndexError:
+            return
+        try:
+            if monotonic() > queued + self.settings.queue_timeout:
+                self.count["queue_full"] += 1
+                self.on_queue_full(x, me)
+            else:
+                self.perform(x, me)
+        except Exception as error:
+            self.guard(x.connection, error, me)
+
+    def enqueue(self, x: "Exchange") -> None:
+        """Queue a request for a thread off the loop. One thread is kept for surprises."""
+        self.count["jobs"] += 1
+        self.waiting.append((monotonic(), x))
+        with self.lock:
+            hand = self.spares.pop() if self.spares else None
+            if hand is None and len(self.hands) < max(2, self.settings.max_threads):
+                hand = self.start_thread()
+        if hand is not None:
+            hand.wake.release()
+
+    def leave(self, me: Hand) -> None:
+        """Give the loop to another thread at once, as what comes may wait for the network. If there
+        is none, the ticket goes on the table, and the monitor sees to it: rejoin() then."""
+        if not me.holds or me.table:
+            return
+        with self.lock:
+            hand = self.spares.pop() if self.spares else self.start_thread()
+            if hand is not None:
+                me.holds = False
+                hand.holds = True
+                self.holder = hand
+        if hand is not None:
+            hand.wake.release()
+            self.count["handovers"] += 1
+        else:
+            me.table.append(monotonic())
+            if self.asleep:
+                self.rouse()
+
+    def rejoin(self, me: Hand) -> None:
+        """After leave(): take the ticket from the table, if it is still there."""
+        if me.holds and me.table:
+            try:
+                me.table.pop()
+            except IndexError:
+                me.holds = False
+
+    def user(self, me: Hand, function: Callable, *args: object) -> Any:
+        """Call what may block, with the ticket on the table; me.holds tells if it is still ours."""
+        if not me.holds or me.table:  # off the loop, or the ticket lies there already
+            me.since = monotonic()
+            try:
+                return function(*args)
+            finally:
+                me.since = 0.0
+        me.table.append(monotonic())
+        if self.asleep:
+            self.rouse()
+        try:
+            return function(*args)
+        finally:
+            try:
+                me.table.pop()
+            except IndexError:  # the monitor took it: another thread has the loop
+                me.holds = False
+                me.since = 0.0
+
+    # -- the loop --
+
+    def run_loop(self, me: Hand) -> None:
+        """Poll and serve, until another thread has the loop."""
+        poll, ready, again, count = self.poller.poll, self.ready, self.again, self.count
+        while not self.over:
+            for fd, _ in poll(0 if again else self.poll_timeout(), 256):
+                c = ready.pop(fd, None)
+                if c is None:
+                    self.on_other_event(fd)
+                    continue
+                try:
+                    self.on_event(c, me)
+                except Exception as error:  # ours (no descriptor, no disk): it costs only c
+                    self.guard(c, error, me)
+                if not me.holds:
+                    return
+            count["polls"] += 1
+            for _ in range(len(again)):  # one request of each, then back to the others
+                c = again.popleft()
+                try:
+                    self.advance(c, me)
+                except Exception as error:
+                    self.guard(c, error, me)
+                if not me.holds:
+                    return
+            self.on_turn(me)
+            if not me.holds:
+                return
+            now = monotonic()  # by the clock: under load poll never comes back with nothing
+            if now >= self.sweep_at or self.waiting or self.draining or self.paused:
+                self.sweep(me, now)
+                if not me.holds:
+                    return
+
+    def poll_timeout(self) -> float:
+        if self.draining or self.paused or self.waiting:
+            return 0.05
+        if self.connections:
+            return max(0.0, self.sweep_at - monotonic())
+        return -1
+
+    def guard(self, c: Connection, error: BaseException, me: Hand) -> None:
+        """A failure of our own code: it costs this connection."""
+        self.count["failed"] += 1
+        try:
+            self.on_failure(c, error, me)
+        except Exception as second:
+            log.error("failed to close a connection", exc_info=second)
+
+    def on_other_event(self, fd: int) -> None:
+        if fd in self.watched:
+            self.watched[fd]()
+        elif fd in self.listeners:
+            self.accept(self.listeners[fd])
+        else:
+            c = self.connections.get(fd)
+            if c is not None:
+                self.disarm(c)
+
+    # -- connections change places --
+
+    def disarm(self, c: Connection) -> None:
+        """An event for a connection that a thread has: look no more, until it is given back."""
+        with self.lock:
+            if self.connections.get(c.fd) is not c or c.mask == OFF:
+                return  # OFF again would fire HUP again
+            c.mask = OFF
+            self.poller.modify(c.fd, OFF)
+            self.count["disarms"] += 1
+            if self.ready.get(c.fd) is c:  # given back just now by one who saw the old mask
+                c.mask = c.want
+                self.poller.modify(c.fd, c.want)
+
+    def rearm(self, c: Connection) -> None:
+        with self.lock:
+            if self.ready.get(c.fd) is c and c.mask != c.want:
+                c.mask = c.want
+                self.poller.modify(c.fd, c.want)
+                self.count["rearms"] += 1
+        if not self.wakes_poller:
+            self.waker.wake()
+
+    def give(self, c: Connection) -> None:
+        """Give a connection back to wait for c.want. Nothing of it is touched afterwards."""
+        want = c.want
+        self.ready[c.fd] = c
+        if c.mask != want:
+            self.rearm(c)
+
+    def give_again(self, c: Connection, me: Hand) -> None:
+        """Give a connection back that has bytes of a next request."""
+        self.again.append(c)
+        if not me.holds:
+            self.waker.wake()
+
+    def sweep_by(self, deadline: float, me: Hand) -> None:
+        """A deadline sooner than those before it: the loop may sleep until the old time."""
+        if deadline < self.sweep_at:
+            self.sweep_at = deadline
+            if not me.holds:
+                self.waker.wake()
+
+    def close(self, c: Connection) -> None:
+        """The tables and the poller first, the descriptor last: its number is another's at once."""
+        with self.lock:
+            if self.connections.get(c.fd) is c:
+                del self.connections[c.fd]
+                try:
+                    self.poller.unregister(c.fd)
+                except OSError:
+                    pass
+        c.sock.close()
+        c.exchange = None
+        if self.paused and len(self.connections) < self.settings.max_connections:
+            self.paused = min(self.paused, monotonic() + SWEEP_SECONDS)
+
+    # -- listeners --
+
+    def listen(self, listener: Listener) -> None:
+        self.listeners[listener.fd] = listener
+        listener.sock.setblocking(False)
+        self.poller.register(listener.fd, IN)
+
+    def accept(self, listener: Listener) -> bool:
+        """Accept a few connections; False when there are no more."""
+        for _ in range(ACCEPT_BATCH):
+            if len(self.connections) >= self.settings.max_connections:
+                self.pause(3600.0)
+                return False
+            if self.is_crowded():
+                self.pause(MONITOR_SECONDS)
+                return False
+            try:
+                sock, peer = listener.sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.warning("no connection accepted for %s s: %s", PAUSE_SECONDS, error)
+                    self.pause(PAUSE_SECONDS)
+                    return False
+                continue  # this one was gone already
+            self.welcome(sock, peer, listener)
+        return True
+
+    def is_crowded(self) -> bool:
+        """Has this worker more than its share of the connections?"""
+        return False
+
+    def welcome(self, sock: socket.socket, peer: object, listener: Listener) -> None:
+        sock.setblocking(False)
+        now = monotonic()
+        c = Connection(sock, peer, listener.template, now, now + self.settings.header_timeout)
+        if not self.connections:
+            self.sweep_at = now + self.soonest
+        self.connections[c.fd] = c
+        self.ready[c.fd] = c
+        self.poller.register(c.fd, IN)
+        self.count["accepted"] += 1
+
+    def pause(self, seconds: float) -> None:
+        """Leave the listeners for so long."""
+        if not self.paused and not self.draining:
+            for fd in self.listeners:
+                self.poller.unregister(fd)
+        self.paused = monotonic() + seconds
+
+    def resume(self) -> None:
+        self.paused = 0.0
+        for fd in self.listeners:
+            self.poller.register(fd, IN)
+
+    # -- deadlines --
+
+    def sweep(self, me: Hand, now: float) -> None:
+        if self.paused and now > self.paused:
+            self.resume()
+        if self.waiting:
+            self.expire_jobs(me, now)
+        if self.draining:
+            self.drain_idle(me, now)
+        if now >= self.sweep_at:
+            self.expire(me, now)
+
+    def expire_jobs(self, me: Hand, now: float) -> None:
+        """Refuse what has waited too long for a thread. Look before taking: what would be put back
+        needs a waker."""
+        while self.waiting and me.holds:
+            try:
+                if now <= self.waiting[0][0] + self.settings.queue_timeout:
+                    return
+                queued, x = self.waiting.popleft()
+            except IndexError:
+                return
+            if now <= queued + self.settings.queue_timeout:
+                self.enqueue(x)
+                return
+            self.count["queue_full"] += 1
+            self.on_queue_full(x, me)
+
+    def drain_idle(self, me: Hand, now: float) -> None:
+        """Close the listeners, when their backlog is empty, and what has been idle for a while; a
+        close at once would cross a request on the wire."""
+        for fd, listener in list(self.listeners.items()):
+            while self.accept(listener):
+                pass
+            if not self.paused:
+                self.poller.unregister(fd)
+            del self.listeners[fd]
+            listener.sock.close()
+        for c in list(self.ready.values()):
+            if c.phase == IDLE and c.since + DRAIN_IDLE_SECONDS < now and \
+                    self.ready.pop(c.fd, None) is c:
+                self.on_drained(c, me)
+                if not me.holds:
+                    return
+        if not self.connections:
+            self.over = True
+            self.bell.wake()
+
+    def on_drained(self, c: Connection, me: Hand) -> None:
+        """Idle: closed, but for a request that is here already."""
+        try:
+            data = c.sock.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            self.close(c)
+        else:
+            c.buf = data
+            self.again.append(c)
+
+    def expire(self, me: Hand, now: float) -> None:
+        soonest = now + self.soonest
+        for c in list(self.ready.values()):
+            if c.deadline > now:
+                soonest = min(soonest, c.deadline)
+            elif self.ready.pop(c.fd, None) is c:
+                self.count["expired"] += 1
+                self.on_expired(c, me)
+                if not me.holds:
+                    return
+        self.sweep_at = max(soonest, now + SWEEP_SECONDS)
+
+    def drain(self) -> None:
+        """Stop, within `grace`: from any thread, or a signal."""
+        if not self.draining:
+            self.draining = monotonic() + self.settings.grace
+        self.waker.wake()
+        self.bell.wake()
+
+    def stop(self) -> None:
+        """Stop at once."""
+        self.over = True
+        self.waker.wake()
+        self.bell.wake()
+
+
+# === 12. Server connection ====================================================
+# HTTP on the loop: a head is read and parsed, its body collected, the application called, the
+# answer sent. What the socket does not take of bytes or of a file waits in the loop; an iterator
+# that is not done leaves the loop together with its thread, since what it holds may be bound to it.
+
+TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
+RECV_BYTES = 1 << 16
+SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
+MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
+MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # RFC 9110 15.2.1
+NO_BODY = ("204", "304")
+
+
+class Exchange:
+    """One request and its answer, and the start_response of PEP 3333."""
+
+    __slots__ = ("worker", "connection", "environ", "plan", "keep", "unread", "file", "decoder",
+                 "buf", "started", "received", "stream", "status", "headers", "lines", "length",
+                 "ours", "head_sent", "chunked", "left", "out", "iterator", "result", "offset",
+                 "sent")
+    plan: Plan                # set once routed
+    buf: Any                  # a bytearray while a body comes: read, and not decoded
+    decoder: Any
+    started: float            # when it began to come
+    received: int             # bytes of it
+    status: str               # set by start_response
+    headers: List[Tuple[str, str]]
+    length: Optional[int]     # the application's Content-Length
+    ours: Tuple[str, ...]     # of Server and Date, what it has set itself
+    offset: int               # in a file that is sent
+
+    def __init__(self, worker: "Worker", connection: Connection, environ: Dict[str, Any],
+                 keep: bool) -> None:
+        self.worker = worker
+        self.connection = connection
+        self.environ = environ
+        self.keep = keep            # the connection, after the answer
+        self.unread = False         # there is body that nobody will read
+        self.file: Any = None       # the collected body
+        self.stream: Any = None     # the body as it arrives
+        self.lines: Any = None      # header lines of the answer; None: start_response to come
+        self.head_sent = False
+        self.chunked = False
+        self.left: Any = None       # bytes to come of a body with a Content-Length
+        self.iterator: Any = None   # what is pulled; None: the answer is bytes or a file
+        self.result: Any = None     # what the application returned, to be closed
+        self.out: Any = None        # bytes the socket has not taken yet
+        self.sent = 0               # bytes of body, for the log
+
+    def start_response(self, status: str, headers: List[Tuple[str, str]],
+                       exc_info: Any = None) -> Callable[[bytes], None]:
+        """PEP 3333; what cannot be sent raises here, in the application's face."""
+        if self.lines is not None:
+            if exc_info is None:
+                raise RuntimeError("start_response called again without exc_info")
+            if self.head_sent:
+                raise exc_info[1].with_traceback(exc_info[2])
+        lines: List[str] = []
+        self.length = None
+        self.ours = ()
+        for field in headers:
+            line, kind = answer_lines.get(field) or format_field(field)
+            if kind == PLAIN:
+                lines.append(line)
+            elif kind == BODY_LENGTH:
+                self.length = int(field[1])
+            elif kind == OURS:
+                self.ours += (field[0].lower(),)
+                lines.append(line)
+            else:
+                note_once(field[0].lower(), "hop-by-hop header %s of the application dropped",
+                          field[0])
+        self.status = check_status(status)
+        self.headers = headers
+        self.lines = lines
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """PEP 3333's write(): sent before it returns."""
+        if not isinstance(data, bytes):
+            raise TypeError(f"write() takes bytes, not {type(data).__name__}")
+        if not self.worker.send_now(self, self.worker.frame(self, data)):
+            raise ConnectionError("the client is gone")
+
+    def describe(self) -> str:
+        return f"{self.environ['REQUEST_METHOD']} {printable(self.environ['REQUEST_URI'])}"
+
+
+class StreamInput(io.RawIOBase):
+    """wsgi.input of a request whose body is read as it arrives; it waits for the network."""
+
+    def __init__(self, exchange: Exchange, decoder: Decoder, buf: bytearray, expects: bool) -> None:
+        self.exchange = exchange
+        self.decoder = decoder
+        self.buf = buf
+        self.expects = expects   # 100 Continue is due at the first read
+        self.piece = b""
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self.piece and not self.ended:
+            self.fill()
+        taken = self.piece[:len(target)]
+        target[:len(taken)] = taken
+        self.piece = self.piece[len(taken):]
+        return len(taken)
+
+    def is_done(self) -> bool:
+        """Is it read to its end? Does not wait."""
+        if not self.piece and not self.ended:
+            try:
+                self.piece = next(self.decoder)
+            except StopIteration:
+                self.ended = True
+        return self.ended
+
+    def fill(self) -> None:
+        """The next piece, or the end."""
+        if self.is_done() or self.piece:
+            return
+        c = self.exchange.connection
+        settings = self.exchange.worker.settings
+        c.sock.settimeout(settings.body_timeout)
+        try:
+            if self.expects:
+                self.expects = False
+                c.sock.sendall(CONTINUE)
+            data = c.sock.recv(RECV_BYTES)
+        except socket.timeout:
+            raise RequestTimeout(f"body: nothing for {settings.body_timeout} s (body_timeout)") \
+                from None
+        finally:
+            c.sock.setblocking(False)
+        if not data:
+            raise ConnectionError("the client is gone")
+        self.buf += data
+
+
+class Worker(Loop):
+    """Serves a WSGI application on sockets that are bound already."""
+
+    def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings) -> None:
+        super().__init__(settings)
+        self.app = app
+        self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
+        self.routes = self.plan != self.learned_plan  # the application can refuse by itself
+        self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
+        self.date_at = 0.0
+        self.prefixes: Dict[str, str] = {}   # status -> status line, Server and Date, for a second
+        self.log_lines: List[str] = []       # of this turn
+        self.logs = settings.access_log or bool(access_log.handlers)
+        self.safe_head = min(settings.max_request_line, settings.max_header_bytes)
+        self.multiprocess = False
+        if not settings.max_connections:
+            settings.max_connections = free_descriptors()
+        for sock in sockets:
+            self.listen(Listener(sock, self.template(sock)))
+
+    def template(self, sock: socket.socket) -> Dict[str, Any]:
+        """What all environs of a listener share (PEP 3333)."""
+        name = sock.getsockname()
+        host, port = (name[0], str(name[1])) if isinstance(name, tuple) else ("localhost", "80")
+        if isinstance(name, tuple):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Linux: inherited
+        return {"SERVER_NAME": host, "SERVER_PORT": port, "SCRIPT_NAME": "",
+                "SERVER_SOFTWARE": "minibottle", "wsgi.version": (1, 0),
+                "wsgi.url_scheme": "http", "wsgi.multithread": True, "wsgi.run_once": False,
+                "wsgi.multiprocess": self.settings.workers not in ("0", "1"),
+                "wsgi.errors": sys.stderr or LogStream(), "wsgi.input": EMPTY_INPUT,
+                "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
+                "minibottle.settings": self.settings}
+
+    def learned_plan(self, environ: Dict[str, Any]) -> Plan:
+        """For an application without minibottle_plan: what its first path segment has taught."""
+        path = environ["PATH_INFO"]
+        end = path.find("/", 1)
+        segment = path if end < 0 else path[:end]
+        plan = self.segments.get(segment)
+        if plan is None:
+            plan = Plan()
+            if len(self.segments) < MAX_SEGMENTS:
+                self.segments[segment] = plan
+        return plan
+
+    # -- reading --
+
+    def on_event(self, c: Connection, me: Hand) -> None:
+        """The poller has seen c, which is ours now. Events mean no more than: try."""
+        if c.phase == WRITE:
+            return self.send_rest(c.exchange, me)
+        try:
+            data = c.sock.recv(RECV_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return self.give(c)
+        except OSError:
+            data = b""
+        if not data:
+            return self.on_end(c, me)
+        if c.phase == LINGER:
+            return self.give(c)
+        c.buf = c.buf + data if c.buf else data
+        self.advance(c, me)
+
+    def on_end(self, c: Connection, me: Hand) -> None:
+        """The peer sends no more: nothing that is begun here can be completed."""
+        x = c.exchange
+        self.close(c)
+        if x is not None and x.file is not None:
+            x.file.close()
+
+    def advance(self, c: Connection, me: Hand) -> None:
+        """c.buf has bytes: go on with the head or the body."""
+        if c.phase == BODY:
+            x = c.exchange
+            x.buf += c.buf
+            c.buf = b""
+            return self.collect(x, me)
+        data = c.buf
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or end > self.safe_head:
+            if data[:2] == b"\r\n":  # RFC 9112 2.2: empty lines before a request are ignored
+                return self.skip_empty_lines(c, me)
+            if not self.check_head(c, data if end < 0 else data[:end], me) or end < 0:
+                return
+        try:
+            environ = parse_head(data[:end].decode("latin-1"), c.template,
+                                 self.settings.max_headers)
+        except BadRequest as error:
+            if data[:2] == b"\r\n":
+                return self.skip_empty_lines(c, me)
+            return self.refuse(c, error, me)
+        c.buf = data[end + 4:]
+        environ["REMOTE_ADDR"] = c.addr
+        environ["REMOTE_PORT"] = str(c.port)
+        x = Exchange(self, c, environ, wants_keep_alive(environ))
+        if DROPPED in environ:
+            note_once("_", "header %s dropped: a name with _ could pass for one with -",
+                      environ.pop(DROPPED))
+        x.plan = self.plan(environ)
+        if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ \
+                or "HTTP_EXPECT" in environ or environ["PATH_INFO"] == "*":
+            self.begin_body(x, me)
+        else:
+            self.call(x, me)
+
+    def skip_empty_lines(self, c: Connection, me: Hand) -> None:
+        if c.buf[:8] == b"\r\n" * 4:
+            return self.refuse(c, BadRequest("empty lines and no request"), me)
+        while c.buf[:2] == b"\r\n":
+            c.buf = c.buf[2:]
+        if c.buf:
+            self.advance(c, me)
+        else:
+            self.await_head(c)
+
+    def check_head(self, c: Connection, data: bytes, me: Hand) -> bool:
+        """A head that is long or not all here: False if it is refused, or waited for."""
+        settings = self.settings
+        try:
+            check_incomplete_head(data, settings.max_request_line, settings.max_header_bytes)
+        except BadRequest as error:
+            self.refuse(c, error, me)
+            return False
+        if data is c.buf:
+            self.await_head(c)
+            return False
+        return True
+
+    def await_head(self, c: Connection) -> None:
+        if c.phase == IDLE:
+            c.phase = HEAD
+            c.deadline = monotonic() + self.settings.header_timeout
+        self.give(c)
+
+    def begin_body(self, x: Exchange, me: Hand) -> None:
+        """The head is in: is there a body, is it wanted, and who reads it?"""
+        c, environ, plan = x.connection, x.environ, x.plan
+        try:
+            length = parse_framing(environ)
+            expect = environ.get("HTTP_EXPECT", "").lower()
+            if expect and expect != "100-continue":
+                raise ExpectationFailed(f"Expect {expect[:80]!r} is not supported")
+        except BadRequest as error:
+            return self.refuse(c, error, me)
+        if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
+            x.unread = length != 0
+            return self.answer(x, me, "204 No Content", b"", [("Allow", ", ".join(VERBS))])
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        expects = bool(expect) and environ["SERVER_PROTOCOL"] == "HTTP/1.1" and length != 0
+        limit = self.settings.max_body if plan.max_body is None else plan.max_body
+        if length > limit:
+            return self.refuse_body(x, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
+        if plan.early and (expects or not 0 <= length <= SMALL_BODY):
+            x.unread = True
+            return self.call(x, me)
+        if not length:
+            return self.call(x, me)
+        x.buf = bytearray(c.buf)
+        x.decoder = iter_chunked(x.buf, limit) if length < 0 else iter_counted(x.buf, length)
+        c.buf = b""
+        c.exchange = x
+        if plan.stream:
+            x.stream = StreamInput(x, x.decoder, x.buf, expects)
+            environ["wsgi.input"] = io.BufferedReader(x.stream, RECV_BYTES)
+            return self.enqueue(x) if me.holds else self.call(x, me)
+        x.file = io.BytesIO()
+        x.received = 0
+        x.started = monotonic()
+        c.phase = BODY
+        if expects and not x.buf:
+            try:
+                c.sock.send(CONTINUE)
+            except OSError:
+                pass
+        self.collect(x, me)
+
+    def collect(self, x: Exchange, me: Hand) -> None:
+        """Store what has come of the body; call when it is all here."""
+        c = x.connection
+        try:
+            for piece in x.decoder:
+                if not piece:
+                    break
+                x.received += len(piece)
+                self.store(x, piece, me)
+            else:
+                return self.collected(x, me)
+        except BadRequest as error:
+            return self.refuse_body(x, error, me)
+        timeout = self.settings.body_timeout
+        c.deadline = min(monotonic(), x.started + x.received / MIN_BODY_RATE) + timeout
+        self.give(c)
+
+    def store(self, x: Exchange, piece: bytes, me: Hand) -> None:
+        if x.received <= self.settings.spool_threshold:
+            x.file.write(piece)
+        else:  # a disk may block
+            x.file = self.user(me, spool, x.file, piece, self.settings.spool_threshold)
+
+    def collected(self, x: Exchange, me: Hand) -> None:
+        c, environ = x.connection, x.environ
+        x.file.seek(0)
+        environ["CONTENT_LENGTH"] = str(x.received)
+        environ["wsgi.input"] = environ["minibottle.body"] = x.file
+        c.buf = bytes(x.buf)
+        c.exchange = None
+        x.buf = x.decoder = None
+        self.call(x, me)
+
+    def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
+        """Our application makes its own page of it, with its hooks; for others we do."""
+        if not self.routes or not isinstance(error, ContentTooLarge):
+            return self.refuse(x.connection, error, me)
+        x.environ["minibottle.refused"] = error
+        x.unread = True
+        x.connection.exchange = None
+        self.call(x, me)
+
+    # -- the call --
+
+    def call(self, x: Exchange, me: Hand) -> None:
+        """Call the application and send what it returns. The ticket lies on the table meanwhile."""
+        plan = x.plan
+        if plan.slow and me.holds:  # it has blocked lately: another thread calls
+            return self.enqueue(x)
+        me.exchange = x
+        began = monotonic()
+        if me.holds:
+            me.table.append(began)
+            if self.asleep:
+                self.rouse()
+        else:
+            me.since = began
+        error = None
+        try:
+            result = self.app(x.environ, x.start_response)
+        except BaseException as raised:  # SystemExit too: it ends a request, not a thread of ours
+            error = raised
+        if me.holds:
+            try:
+                me.table.pop()
+            except IndexError:  # the monitor took it: another thread has the loop
+                me.holds = False
+        me.since = 0.0
+        now = monotonic()
+        if now - began > SLOW_SECONDS:
+            plan.slow = SLOW_MEMORY
+        elif plan.slow:
+            plan.slow -= 1
+        if error is not None:
+            return self.on_error(x, error, me)
+        if x.stream is not None:
+            x.unread = not x.stream.is_done()
+        if type(result) is list and x.lines is not None and not x.head_sent:
+            return self.send_list(x, result, now, me)
+        self.respond(x, result, me)
+
+    def perform(self, x: Exchange, me: Hand) -> None:
+        """A request from the queue, on a thread off the loop."""
+        self.call(x, me)
+
+    # -- answers --
+
+    def send_list(self, x: Exchange, result: List[bytes], now: float, me: Hand) -> None:
+        """FAST: an answer that is all here goes out in one send; respond() agrees with it."""
+        body = result[0] if len(result) == 1 else b"".join(result)
+        size = len(body)
+        lines = x.lines
+        if size >= self.settings.gzip_min and self.settings.gzip:
+            body = self.compress(x, body, me)
+            size, lines = len(body), x.lines
+        if x.status[:3] in NO_BODY or x.environ["REQUEST_METHOD"] == "HEAD":
+            return self.send_bodiless(x, size, me)
+        if x.length is not None and x.length != size:
+            return self.respond(x, (body,), me)
+        if self.draining or x.unread:
+            x.keep = False
+        lines.append(f"Content-Length: {size}\r\n")
+        lines.append(self.end_of_head(x))
+        prefix = self.prefixes.get(x.status) if now < self.date_at and not x.ours else None
+        head = (prefix or self.make_prefix(x, now)) + "".join(lines)
+        x.head_sent = True
+        x.sent = size
+        self.send(x, head.encode("latin-1") + body, now, me)
+
+    def end_of_head(self, x: Exchange) -> str:
+        if not x.keep:
+            return "Connection: close\r\n\r\n"
+        return "\r\n" if x.environ["SERVER_PROTOCOL"] == "HTTP/1.1" else \
+            "Connection: keep-alive\r\n\r\n"
+
+    def make_prefix(self, x: Exchange, now: float) -> str:
+        """The status line, and the Server and Date that the application has not set itself."""
+        if now >= self.date_at:
+            self.prefixes = {}
+            self.date_at = now + 1.0 - time.time() % 1.0
+        if x.ours:
+            lines = [f"HTTP/1.1 {x.status}\r\n"]
+            if "server" not in x.ours:
+                lines.append("Server: minibottle\r\n")
+            if "date" not in x.ours:
+                lines.append(f"Date: {format_date(time.gmtime())}\r\n")
+            return "".join(lines)
+        made = (f"HTTP/1.1 {x.status}\r\nServer: minibottle\r\n"
+                f"Date: {format_date(time.gmtime())}\r\n")
+        if len(self.prefixes) < 100:
+            self.prefixes[x.status] = made
+        return made
+
+    def make_head(self, x: Exchange) -> bytes:
+        """The head of an answer, with the framing that its length asks for (RFC 9112 6)."""
+        extra = ""
+        bodiless = x.status[:3] in NO_BODY or x.environ["REQUEST_METHOD"] == "HEAD"
+        x.left = None if bodiless else x.length
+        if x.length is not None and x.status[:3] != "204":
+            extra = f"Content-Length: {x.length}\r\n"
+        elif bodiless:
+            pass
+        elif x.environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+            x.chunked = True
+            extra = "Transfer-Encoding: chunked\r\n"
+        else:
+            x.keep = False  # its end is the end of the connection
+        if self.draining or x.unread:
+            x.keep = False
+        x.head_sent = True
+        head = self.make_prefix(x, monotonic()) + "".join(x.lines) + extra + self.end_of_head(x)
+        return head.encode("latin-1")
+
+    def frame(self, x: Exchange, piece: bytes) -> bytes:
+        """A piece of the body as it goes out, the head before the first."""
+        head = b"" if x.head_sent else self.make_head(x)
+        if x.left is not None:
+            if len(piece) > x.left:
+                log.error("%s: the answer is longer than its Content-Length of %s bytes",
+                          x.describe(), x.length)
+                piece = piece[:x.left]
+            x.left -= len(piece)
+        if x.environ["REQUEST_METHOD"] == "HEAD" or x.status[:3] in NO_BODY:
+            return head
+        x.sent += len(piece)
+        return head + (frame_chunk(piece) if x.chunked else piece)
+
+    def compress(self, x: Exchange, body: bytes, me: Hand) -> bytes:
+        """The body as this client takes it, and x.lines to go with it."""
+        if x.environ["REQUEST_METHOD"] == "HEAD" or x.length not in (None, len(body)):
+            return body
+        if self.negotiate(x, len(body)):
+            body = self.user(me, gzip_bytes, body, self.settings.gzip_level)
+        return body
+
+    def negotiate(self, x: Exchange, length: Optional[int]) -> bool:
+        """Is the body to be compressed? The header lines say so then."""
+        if not self.settings.gzip:
+            return False
+        headers, compress = negotiate_gzip(x.environ, x.status, x.headers, length,
+                                           self.settings.gzip_min)
+        if headers is not x.headers:
+            x.lines = None
+            x.start_response(x.status, headers)
+        return compress
+
+    def send_bodiless(self, x: Exchange, size: int, me: Hand) -> None:
+        """An answer to HEAD, or one that has no body (RFC 9110 6.4.1)."""
+        head_only = x.environ["REQUEST_METHOD"] == "HEAD" and x.status[:3] not in NO_BODY
+        if head_only:
+            if x.length is None and size:
+                x.length = size
+            if self.negotiate(x, x.length):
+                x.length = None
+        self.send(x, self.make_head(x), monotonic(), me)
+
+    def send(self, x: Exchange, data: Any, now: float, me: Hand) -> None:
+        """Send the last bytes of an answer; what the socket does not take, the loop sends."""
+        c = x.connection
+        try:
+            n = c.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            n = 0
+        except OSError:
+            return self.abort(x, me)
+        if n == len(data):
+            return self.finish(x, now, me)
+        x.out = memoryview(data)[n:]
+        self.await_write(x, now)
+
+    def await_write(self, x: Exchange, now: float) -> None:
+        c = x.connection
+        c.exchange = x
+        c.phase = WRITE
+        c.want = OUT
+        c.deadline = now + self.settings.write_timeout
+        self.give(c)
+
+    def send_rest(self, x: Exchange, me: Hand) -> None:
+        """The socket takes more: of bytes, or of a file."""
+        if x.result is not None:
+            return self.send_file(x, me)
+        self.send(x, x.out, monotonic(), me)
+
+    def finish(self, x: Exchange, now: float, me: Hand) -> None:
+        """The answer is out: release what the request held, and give the connection back."""
+        c = x.connection
+        me.exchange = None
+        if x.file is not None:
+            x.file.close()
+        if self.logs:
+            self.log_access(x)
+        c.exchange = None
+        if not x.keep:
+            return self.farewell(c, me)
+        if x.stream is not None:
+            c.buf = bytes(x.buf)
+        c.phase = IDLE
+        c.since = now
+        c.deadline = now + self.settings.keepalive_timeout
+        c.want = IN
+        if c.buf:
+            self.give_again(c, me)
+        else:
+            self.ready[c.fd] = c  # give(), inline
+            if c.mask != IN:
+                self.rearm(c)
+
+    def abort(self, x: Exchange, me: Hand) -> None:
+        """The client is gone, or the answer broke off: reset, as it must not look whole."""
+        self.rejoin(me)
+        c = x.connection
+        try:
+            c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+        self.close(c)
+        if x.file is not None:
+            x.file.close()
+        if self.logs and x.head_sent:
+            self.log_access(x)
+        me.exchange = None
+        self.close_result(x, me)
+
+    def farewell(self, c: Connection, me: Hand) -> None:
+        """Close so that the answer arrives: closing with unread input resets the connection."""
+        try:
+            c.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return self.close(c)
+        c.buf = b""
+        c.phase = LINGER
+        c.want = IN
+        deadline = c.deadline = monotonic() + LINGER_SECONDS
+        self.give(c)
+        self.sweep_by(deadline, me)
+
+    # -- iterators and files --
+
+    def respond(self, x: Exchange, result: Any, me: Hand) -> None:
+        """Send what the application returned: any iterable of bytes."""
+        x.result = result
+        x.connection.exchange = x
+        if type(result) is FileWrapper and x.lines is not None and not x.head_sent \
+                and self.begin_file(x, me):
+            return
+        try:
+            x.iterator = self.user(me, iter, result)
+            first = None
+            if x.lines is None:  # a generator may call start_response when it is first pulled
+                first = self.pull(x, me)
+                if x.lines is None:
+                    raise RuntimeError("the application did not call start_response")
+        except Exception as error:
+            return self.on_error(x, error, me)
+        if x.head_sent:
+            return self.pump(x, first, me)
+        if x.environ["REQUEST_METHOD"] == "HEAD" or x.status[:3] in NO_BODY:
+            self.close_result(x, me)
+            return self.send_bodiless(x, 0, me)
+        if self.negotiate(x, x.length):
+            pieces = x.iterator if first is None else chain((first,), x.iterator)
+            x.iterator = iter_gzip(pieces, self.settings.gzip_level)
+            first = None
+        self.pump(x, first, me)
+
+    def pull(self, x: Exchange, me: Hand) -> Optional[bytes]:
+        """The next piece; None at the end."""
+        piece: Any = self.user(me, next, x.iterator, None)
+        if piece is not None and not isinstance(piece, bytes):
+            raise TypeError(f"a body is made of bytes, not {type(piece).__name__}")
+        return piece
+
+    def pump(self, x: Exchange, piece: Optional[bytes], me: Hand) -> None:
+        """Pull and send: on the loop while the socket takes it at once; what lasts leaves it."""
+        budget = TURN_BYTES
+        while True:
+            try:
+                if piece is None:
+                    began = monotonic()
+                    piece = self.pull(x, me)
+                    if monotonic() - began > SLOW_SECONDS:
+                        x.plan.slow = SLOW_MEMORY
+            except BaseException as error:
+                return self.on_error(x, error, me)
+            if piece is None:
+                break
+            if piece and not self.transmit(x, self.frame(x, piece), me):
+                return self.abort(x, me)
+            budget -= len(piece)
+            if budget < 0:
+                x.plan.slow = SLOW_MEMORY
+                self.leave(me)
+            piece = None
+        self.end_of_body(x, me)
+
+    def end_of_body(self, x: Exchange, me: Hand) -> None:
+        if not x.head_sent and x.length is None:
+            x.length = 0
+        data = self.frame(x, b"") if not x.head_sent else b""
+        if x.left:
+            log.error("%s: the answer ended %s bytes short of its Content-Length of %s",
+                      x.describe(), x.left, x.length)
+            return self.abort(x, me)
+        if x.chunked:
+            data += LAST_CHUNK
+        if data and not self.transmit(x, data, me):
+            return self.abort(x, me)
+        self.close_result(x, me)
+        self.rejoin(me)
+        self.finish(x, monotonic(), me)
+
+    def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
+        """Send all of it; where the socket takes no more, leave the loop and wait. False: gone."""
+        try:
+            n = x.connection.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            n = 0
+        except OSError:
+            return False
+        if n == len(data):
+            return True
+        x.plan.slow = SLOW_MEMORY
+        self.leave(me)
+        return self.send_now(x, memoryview(data)[n:])
+
+    def send_now(self, x: Exchange, data: Any) -> bool:
+        """Send all of it, and wait for the socket. False: gone, or no progress in write_timeout."""
+        sock = x.connection.sock
+        sock.settimeout(self.settings.write_timeout)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[sock.send(view):]
+        except OSError:
+            return False
+        finally:
+            sock.setblocking(False)
+        return True
+
+    def close_result(self, x: Exchange, me: Hand) -> None:
+        """Call close() of what the application returned (PEP 3333), once."""
+        result, x.result, x.iterator = x.result, None, None
+        close = getattr(result, "close", None)
+        if close is not None:
+            try:
+                self.user(me, close)
+            except BaseException as error:
+                log.error("%s: close() failed", x.describe(), exc_info=error)
+
+    def begin_file(self, x: Exchange, me: Hand) -> bool:
+        """A real file goes out by sendfile. False: it is none, or its bytes must be changed."""
+        file = x.result.file
+        if not hasattr(os, "sendfile") or x.environ["REQUEST_METHOD"] == "HEAD" \
+                or x.status[:3] in NO_BODY:
+            return False
+        try:
+            size = os.fstat(file.fileno()).st_size - file.tell()
+            x.offset = file.tell()
+        except (OSError, ValueError, AttributeError):
+            return False
+        if size <= 0 or self.negotiate(x, size if x.length is None else x.length):
+            return False
+        if x.length is None:
+            x.length = size
+        x.out = self.make_head(x)
+        self.send_file(x, me)
+        return True
+
+    def send_file(self, x: Exchange, me: Hand) -> None:
+        """Send of the head and the file what the socket takes, up to a turn's worth."""
+        c, budget = x.connection, TURN_BYTES
+        try:
+            if x.out:
+                n = c.sock.send(x.out)
+                x.out = memoryview(x.out)[n:]
+            while not x.out and x.left and budget > 0:
+                n = self.user(me, os.sendfile, c.fd, x.result.file.fileno(), x.offset,
+                              min(x.left, TURN_BYTES))
+                if not n:
+                    log.error("%s: the file ended %s bytes short", x.describe(), x.left)
+                    return self.abort(x, me)
+                x.offset += n
+                x.left -= n
+                x.sent += n
+                budget -= n
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            return self.abort(x, me)
+        if x.out or x.left:
+            return self.await_write(x, monotonic())
+        self.close_result(x, me)
+        self.finish(x, monotonic(), me)
+
+    # -- errors --
+
+    def on_error(self, x: Exchange, error: BaseException, me: Hand) -> None:
+        """The application raised. Before the head an error page, after it a reset."""
+        self.rejoin(me)
+        if not (isinstance(error, ConnectionError) and x.head_sent):
+            log.error("%s: unhandled exception", x.describe(), exc_info=error)
+        if x.head_sent:
+            return self.abort(x, me)
+        self.close_result(x, me)
+        x.unread = x.unread or x.stream is not None
+        self.answer(x, me, "500 Internal Server Error", b"500 Internal Server Error\n")
+
+    def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
+               headers: Optional[list] = None) -> None:
+        """An answer of the server's own."""
+        x.lines = None
+        x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
+        self.send_list(x, [body], monotonic(), me)
+
+    def refuse(self, c: Connection, error: BadRequest, me: Hand) -> None:
+        """Answer once, close, and never look at the rest: after an error in the framing nobody
+        knows where the next request begins."""
+        note_refusal("%s: %s %s", printable(c.addr), error.status, printable(error))
+        x = c.exchange or Exchange(self, c, {"REQUEST_METHOD": "-", "REQUEST_URI": "-",
+                                             "SERVER_PROTOCOL": "HTTP/1.1",
+                                             "REMOTE_ADDR": c.addr}, False)
+        c.buf = b""
+        x.keep = False
+        status, body = format_error(error)
+        self.answer(x, me, status, body)
+
+    def on_expired(self, c: Connection, me: Hand) -> None:
+        """A deadline has passed; c is ours."""
+        settings, x = self.settings, c.exchange
+        if c.phase == HEAD:
+            return self.refuse(c, RequestTimeout(
+                f"the head took over {settings.header_timeout} s (header_timeout)"), me)
+        if c.phase == BODY:
+            return self.refuse(c, RequestTimeout(
+                f"the body came too slowly (body_timeout {settings.body_timeout} s)"), me)
+        if c.phase == WRITE and x is not None:
+            return self.abort(x, me)
+        self.close(c)
+
+    def on_queue_full(self, x: Exchange, me: Hand) -> None:
+        """No thread was free in time."""
+        error = ServiceUnavailable(f"no thread was free within {self.settings.queue_timeout} s "
+                                   f"(queue_timeout, max_threads {self.settings.max_threads})")
+        note_refusal("%s: 503 %s", x.describe(), error)
+        x.unread = x.unread or x.stream is not None
+        status, body = format_error(error)
+        self.answer(x, me, status, body)
+
+    def on_failure(self, c: Connection, error: BaseException, me: Hand) -> None:
+        """Our own code failed: answer 500 if nothing is sent yet, and close."""
+        log.error("a connection failed", exc_info=error)
+        if self.connections.get(c.fd) is not c:
+            return
+        x = c.exchange
+        if x is not None and x.head_sent:
+            return self.abort(x, me)
+        try:
+            c.sock.send(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n"
+                        b"Connection: close\r\n\r\n")
+        except OSError:
+            pass
+        c.exchange = None
+        self.farewell(c, me)
+
+    # -- the access log --
+
+    def log_access(self, x: Exchange) -> None:
+        """One line a request, in Apache's combined format, written once a turn; a logging record
+        only where somebody listens."""
+        environ = x.environ
+        line = (f'{printable(environ.get("REMOTE_ADDR") or "-")} - - [{log_time()}] '
+                f'"{environ["REQUEST_METHOD"]} {printable(environ["REQUEST_URI"])} '
+                f'{environ["SERVER_PROTOCOL"]}" {x.status[:3]} {x.sent or "-"} '
+                f'"{printable(environ.get("HTTP_REFERER", "-"))}" '
+                f'"{printable(environ.get("HTTP_USER_AGENT", "-"))}"')
+        if self.settings.access_log:
+            self.log_lines.append(line)
+        if access_log.handlers:
+            access_log.info(line, extra={
+                "status": int(x.status[:3]), "bytes": x.sent, "path": environ.get("PATH_INFO"),
+                "method": environ["REQUEST_METHOD"], "client": environ.get("REMOTE_ADDR")})
+
+    def on_turn(self, me: Hand) -> None:
+        """Write the access log. It may block, as a pipe does."""
+        if self.log_lines:
+            lines, self.log_lines = self.log_lines, []
+            self.user(me, write_log, "\n".join(lines) + "\n")
+
+
+def wants_keep_alive(environ: Dict[str, Any]) -> bool:
+    """RFC 9112 9.3."""
+    connection = environ.get("HTTP_CONNECTION")
+    is_new = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
+    if connection is None:
+        return is_new
+    options = [option.strip(" \t") for option in connection.lower().split(",")]
+    return "close" not in options and (is_new or "keep-alive" in options)
+
+
+def free_descriptors() -> int:
+    """How many connections this process can have: what it may open less 64, at least half of it."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 512
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else max(limit - 64, limit // 2)
+
+
+@lru_cache(maxsize=1)
+def log_time_of(second: int) -> str:
+    t = time.localtime(second)
+    zone = t.tm_gmtoff // 60
+    return (f"{t[2]:02d}/{MONTHS[t[1] - 1]}/{t[0]}:{t[3]:02d}:{t[4]:02d}:{t[5]:02d} "
+            f"{'-' if zone < 0 else '+'}{abs(zone) // 60:02d}{abs(zone) % 60:02d}")
+
+
+def log_time() -> str:
+    """"10/Oct/2000:13:55:36 -0700"."""
+    return log_time_of(int(time.time()))
+
+
+def write_log(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):  # closed, full, or none at all
+        pass
+
+
+noted: Set[str] = set()
+
+
+def note_once(key: str, message: str, name: str) -> None:
+    """Log the first time only."""
+    if key not in noted:
+        noted.add(key)
+        log.warning(message, printable(name))
+
+
+refusals = deque(maxlen=10)  # type: Deque[float]
+
+
+def note_refusal(message: str, *args: object) -> None:
+    """Log at INFO, ten a second at most: who sends rubbish is not to fill the disk."""
+    now = monotonic()
+    if len(refusals) < 10 or now - refusals[0] > 1.0:
+        refusals.append(now)
+        log.info(message, *args)
+
+
+class LogStream:
+    """wsgi.errors where there is no stderr."""
+
+    def write(self, text: str) -> None:
+        log.error("%s", text.rstrip())
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        pass
+
+
+# === 13. Workers ==============================================================
+# A master that forks workers, replaces those that end, and runs no user code. Each worker imports
+# the target and asks the master, over its own pair of sockets (the link), for settings and
+# listeners; it sends what run() was given, and the master adds what the command line says. Counts
+# and heartbeats are in shared memory, so there is no file.
+
+BOARD_SLOT = struct.Struct("dI")     # of a worker: heartbeat (monotonic seconds), connections
+MAX_WORKERS = 1000
+BACKOFF_SECONDS = (1, 2, 4, 8, 16, 30)
+USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
+
+
+class StartError(Exception):
+    """The server cannot start: one line for the operator, exit status 1."""
+
+
+class Board:
+    """What workers let each other and the master see: shared memory, a slot each."""
+
+    def __init__(self, slots: int) -> None:
+        self.memory = mmap.mmap(-1, slots * BOARD_SLOT.size)
+        self.slots = slots
+
+    def write(self, slot: int, connections: int) -> None:
+        BOARD_SLOT.pack_into(self.memory, slot * BOARD_SLOT.size, monotonic(), connections)
+
+    def read(self, slot: int) -> Tuple[float, int]:
+        return BOARD_SLOT.unpack_from(self.memory, slot * BOARD_SLOT.size)
+
+    def clear(self, slot: int) -> None:
+        BOARD_SLOT.pack_into(self.memory, slot * BOARD_SLOT.size, 0.0, 0)
+
+    def mean(self) -> float:
+        """Connections of a worker that serves, on average."""
+        counts = [n for beat, n in map(self.read, range(self.slots)) if beat]
+        return sum(counts) / len(counts) if counts else 0.0
+
+
+class Served(Worker):
+    """A worker of a master: it shows its counts, and leaves the listeners when it has too many."""
+
+    def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings,
+                 board: Board, slot: int, link: socket.socket) -> None:
+        super().__init__(app, sockets, settings)
+        self.board = board
+        self.slot = slot
+        self.link = link
+        self.watched[link.fileno()] = self.on_master_gone
+        self.poller.register(link.fileno(), IN)
+
+    def on_master_gone(self) -> None:
+        self.poller.unregister(self.link.fileno())
+        log.error("worker %s: the master is gone", os.getpid())
+        self.drain()
+
+    def on_heartbeat(self, now: float) -> None:
+        super().on_heartbeat(now)
+        self.board.write(self.slot, len(self.connections))
+
+    def is_crowded(self) -> bool:
+        """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
+        if self.board.slots == 1:
+            return False
+        count = len(self.connections)
+        self.board.write(self.slot, count)
+        mean = self.board.mean()
+        return count > mean * 1.125 + 2
+
+
+class Alone:
+    """What run() finds in sys.modules["minibottle.running"] when there is no master."""
+
+    def __init__(self, flags: dict) -> None:
+        self.flags = flags
+        self.served = False
+
+    def serve(self, app: Callable, options: dict) -> None:
+        """Serve in this process until a signal; in a thread that is not the main one, for good."""
+        self.served = True
+        settings = Settings(**{**options, **self.flags})
+        sockets = [bind(address) for address in settings.bind]
+        settings.workers = "0"
+        worker = Worker(app, sockets, settings)
+        in_main = threading.current_thread() is threading.main_thread()
+        kept = {}
+        if in_main:
+            for number, action in ((signal.SIGTERM, worker.drain), (signal.SIGINT, worker.drain)):
+                kept[number] = signal.signal(number, second_stops(worker, action))
+        print_started(sockets, "one process")
+        try:
+            worker.monitor()
+        finally:
+            unlink_sockets(settings.bind)
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+def second_stops(worker: Worker, action: Callable) -> Callable:
+    """A signal handler: drain, and stop at once when it comes again."""
+    return lambda number, frame: worker.stop() if worker.draining else action()
+
+
+class Child:
+    """What run() finds in sys.modules["minibottle.running"] in a worker of a master."""
+
+    def __init__(self, link: socket.socket, board: Board, slot: int) -> None:
+        self.link = link
+        self.board = board
+        self.slot = slot
+        self.served = False
+
+    def serve(self, app: Callable, options: dict) -> None:
+        """Ask the master for settings and listeners, and serve until it says stop."""
+        self.served = True
+        send_message(self.link, {"options": options})
+        answer, sockets = receive_message(self.link)
+        worker = Served(app, sockets, Settings(**answer["settings"]), self.board, self.slot,
+                        self.link)
+        signal.signal(signal.SIGTERM, lambda number, frame: worker.drain())
+        signal.signal(signal.SIGQUIT, lambda number, frame: worker.stop())
+        worker.on_heartbeat(monotonic())
+        send_message(self.link, {"ready": os.getpid()})
+        worker.monitor()
+
+
+def send_message(link: socket.socket, message: dict, fds: Iterable[int] = ()) -> None:
+    """One JSON line, with descriptors (SCM_RIGHTS)."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+    link.sendmsg([json_dumps(message).encode("utf-8") + b"\n"], rights)
+
+
+def receive_message(link: socket.socket) -> Tuple[dict, List[socket.socket]]:
+    """Raises EOFError when the other end is gone."""
+    data, sockets = b"", []
+    while not data.endswith(b"\n"):
+        piece, rights, _, _ = link.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 64))
+        if not piece:
+            raise EOFError
+        data += piece
+        for level, kind, payload in rights:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array("i", payload[:len(payload) // 4 * 4])
+                sockets += [socket.socket(fileno=fd) for fd in fds]
+    return json_loads(data), sockets
+
+
+class Process:
+    """A worker, as the master sees it."""
+
+    def __init__(self, pid: int, slot: int, link: socket.socket) -> None:
+        self.pid = pid
+        self.slot = slot
+        self.link = link
+        self.began = monotonic()
+        self.ready = False
+        self.killed_at = 0.0  # when it was told to end for want of a heartbeat
+
+
+class Master:
+    """Forks workers and looks after them, until a signal says stop."""
+
+    def __init__(self, load: Callable[[], Optional[Callable]], flags: dict, reloads: bool) -> None:
+        self.load = load          # in a worker: imports the application, which may call run()
+        self.flags = flags        # of the command line: they beat what run() is given
+        self.reloads = reloads    # load() gets new code; else the application is here already
+        self.settings: Any = None  # known when the first worker has booted
+        self.sockets: List[socket.socket] = []
+        self.board = Board(MAX_WORKERS)
+        self.workers: Dict[int, Process] = {}
+        self.wanted = 1
+        self.bell = Waker()
+        self.signals: List[int] = []
+        self.served = False       # some worker has been ready
+        self.stopping = 0.0       # until then workers may end by themselves
+        self.status = 0
+        self.failures = 0         # workers in a row that did not live a second
+        self.fork_at = 0.0
+
+    def run(self) -> int:
+        """Returns the exit status, when all workers have ended."""
+        kept = {number: signal.signal(number, self.on_signal)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD,
+                               signal.SIGHUP)}
+        try:
+            while self.workers or not self.stopping:
+                self.keep_up()
+                self.wait()
+                while self.signals:
+                    self.obey(self.signals.pop(0))
+                self.reap()
+                self.watch()
+        finally:
+            for process in self.workers.values():
+                self.kill(process, signal.SIGKILL)
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+            for sock in self.sockets:
+                sock.close()
+            if self.settings is not None:
+                unlink_sockets(self.settings.bind)
+            self.bell.close()
+        return self.status
+
+    def on_signal(self, number: int, frame: object) -> None:
+        self.signals.append(number)
+        self.bell.wake()
+
+    def obey(self, number: int) -> None:
+        """A signal, outside of its handler."""
+        if number in (signal.SIGTERM, signal.SIGINT) and not self.stopping:
+            self.stop(signal.SIGTERM)
+        elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            self.stop(signal.SIGKILL)
+
+    def stop(self, number: int) -> None:
+        grace = self.settings.grace if self.settings else 0.0
+        self.stopping = self.stopping or monotonic() + grace + 1.0
+        for process in self.workers.values():
+            self.kill(process, number)
+
+    def kill(self, process: Process, number: int) -> None:
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    # -- workers come and go --
+
+    def keep_up(self) -> None:
+        """Fork what is missing."""
+        while len(self.workers) < self.wanted and not self.stopping and \
+                monotonic() >= self.fork_at:
+            self.fork()
+
+    def fork(self) -> None:
+        used = {process.slot for process in self.workers.values()}
+        slot = next(n for n in range(MAX_WORKERS) if n not in used)
+        self.board.clear(slot)
+        ours, theirs = socket.socketpair()
+        flush_output()
+        pid = os.fork()
+        if not pid:
+            ours.close()
+            self.be_child(theirs, slot)  # does not return
+        theirs.close()
+        self.workers[pid] = Process(pid, slot, ours)
+
+    def be_child(self, link: socket.socket, slot: int) -> NoReturn:
+        """In the new process: become a worker, and end here whatever happens."""
+        status = FAILED_STATUS
+        try:
+            for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, lambda number, frame: None)  # the master's to obey
+            signal.set_wakeup_fd(-1)
+            self.bell.close()
+            for process in self.workers.values():
+                process.link.close()
+            for sock in self.sockets:  # they come again over the link
+                sock.close()
+            enable_faulthandler()
+            reseed()
+            child = Child(link, self.board, slot)
+            status = boot(child, self.load)
+            if self.reloads:  # code that was imported here: what it has registered runs here
+                atexit._run_exitfuncs()
+        except BaseException as error:
+            print_traceback("a worker failed", error)
+        finally:
+            flush_output()
+            os._exit(status)
+
+    def wait(self) -> None:
+        """For a signal or a message, or until something is due."""
+        timeout = HEARTBEAT_SECONDS
+        if self.settings is not None:
+            timeout = min(timeout, max(0.5, self.settings.worker_timeout / 4))
+        if self.stopping or any(p.killed_at for p in self.workers.values()):
+            timeout = 0.1
+        if len(self.workers) < self.wanted:
+            timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
+        poll = select.poll()
+        poll.register(self.bell.fd, select.POLLIN)
+        links = {p.link.fileno(): p for p in self.workers.values() if p.link.fileno() >= 0}
+        for fd in links:
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(timeout * 1000):
+            if fd == self.bell.fd:
+                self.bell.drain()
+            else:
+                self.listen_to(links[fd])
+
+    def listen_to(self, process: Process) -> None:
+        """A worker has something to say: what run() was given, or that it serves."""
+        try:
+            message, _ = receive_message(process.link)
+        except (EOFError, OSError, ValueError):
+            process.link.close()
+            return
+        if "ready" in message:
+            process.ready = True
+            self.failures = 0
+            if not self.served:
+                self.served = True
+                print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}")
+            return
+        try:
+            self.settle(message["options"])
+        except (UsageError, StartError) as error:
+            self.status = USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
+            print_line(str(error))
+            return self.stop(signal.SIGKILL)
+        names = [name for name, _, _ in SETTINGS]
+        send_message(process.link, {"settings": {n: getattr(self.settings, n) for n in names}},
+                     [sock.fileno() for sock in self.sockets])
+
+    def settle(self, options: dict) -> None:
+        """The first worker has booted: now the settings are known, and the listeners bound."""
+        if self.settings is not None:
+            return
+        settings = Settings(**{**options, **self.flags})
+        self.sockets = [bind(address) for address in settings.bind]
+        self.settings = settings
+        self.wanted = count_workers(settings.workers)
+        self.board.slots = self.wanted if self.wanted == 1 else min(self.wanted * 2, MAX_WORKERS)
+
+    def reap(self) -> None:
+        """Take leave of the workers that have ended. As PID 1, of any orphan too."""
+        while True:
+            try:
+                pid, wait_status = os.waitpid(-1, os.WNOHANG) if os.getpid() == 1 else \
+                    self.waitpid_ours()
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            process = self.workers.pop(pid, None)
+            if process is not None:
+                process.link.close()
+                self.board.clear(process.slot)
+                self.on_end(process, wait_status)
+
+    def waitpid_ours(self) -> Tuple[int, int]:
+        for pid in self.workers:
+            try:
+                ended, wait_status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else waited for it
+                ended, wait_status = pid, 0
+            if ended:
+                return ended, wait_status
+        return 0, 0
+
+    def on_end(self, process: Process, wait_status: int) -> None:
+        """A worker has ended. One that could not start stops us, unless another has served."""
+        if self.stopping:
+            return
+        if os.WIFSIGNALED(wait_status):
+            cause = f"was ended by signal {os.WTERMSIG(wait_status)}"
+        else:
+            cause = f"ended with status {os.WEXITSTATUS(wait_status)}"
+        if not self.served:
+            self.status = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else \
+                FAILED_STATUS
+            if os.WIFSIGNALED(wait_status):
+                print_line(f"the first worker {cause} before it served")
+            self.status = self.status or FAILED_STATUS
+            return self.stop(signal.SIGKILL)
+        lived = monotonic() - process.began
+        self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
+        pause = BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1] if self.failures \
+            else 0
+        self.fork_at = monotonic() + pause
+        log.error("worker %s %s after %.0f s; a new one starts %s", process.pid, cause, lived,
+                  f"in {pause} s" if pause else "now")
+
+    def watch(self) -> None:
+        """End a worker whose heart does not beat (code that keeps the GIL) or does not stop."""
+        now = monotonic()
+        for process in list(self.workers.values()):
+            if self.stopping:
+                if now > self.stopping:
+                    self.kill(process, signal.SIGKILL)
+                continue
+            beat, _ = self.board.read(process.slot)
+            if process.killed_at:
+                if now > process.killed_at + 1.0:
+                    self.kill(process, signal.SIGKILL)
+            elif process.ready and beat and now - beat > self.settings.worker_timeout + \
+                    HEARTBEAT_SECONDS:
+                log.error("worker %s gives no sign of life for %.0f s (worker_timeout): it is "
+                          "ended, and its threads are below", process.pid, now - beat)
+                process.killed_at = now
+                self.kill(process, signal.SIGABRT)
+
+
+def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]]) -> int:
+    """Import the application and serve it; the exit status. Errors are the operator's to read."""
+    sys.modules["minibottle.running"] = running  # type: ignore[assignment]
+    try:
+        app = load()
+        if not running.served:
+            if app is None:
+                raise StartError("the target returned without run(), and is no application")
+            running.serve(app, {})
+        return 0
+    except UsageError as error:
+        print_line(str(error))
+        return USAGE_STATUS
+    except StartError as error:
+        print_line(str(error))
+    except EOFError:  # the master has ended
+        pass
+    except SystemExit as error:
+        print_line(f"the application ended with SystemExit({error.code!r})")
+    except BaseException as error:
+        print_traceback("the application cannot start", error)
+    finally:
+        sys.modules.pop("minibottle.running", None)
+    return FAILED_STATUS
+
+
+def print_traceback(cause: str, error: BaseException) -> None:
+    """An exception of the application's, without our frames and importlib's."""
+    import traceback
+    tb = error.__traceback__
+    while tb is not None and (tb.tb_frame.f_code.co_filename == __file__
+                              or "importlib" in tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
+    lines = traceback.format_exception(type(error), error.with_traceback(tb), tb)
+    print_line(f"{cause}:\n{''.join(lines).rstrip()}")
+
+
+def print_line(text: str) -> None:
+    """For the operator, on stderr."""
+    try:
+        sys.stderr.write(f"minibottle: {text}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):  # none (pythonw), or closed
+        pass
+
+
+def print_started(sockets: List[socket.socket], workers: str) -> None:
+    """The start-up line."""
+    where = ", ".join(format_address(sock) for sock in sockets)
+    python = ".".join(map(str, sys.version_info[:3]))
+    print_line(f"{__version__} on {where}, {workers}, Python {python}")
+
+
+def format_address(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if not isinstance(name, tuple):
+        return f"unix:{name}"
+    return f"http://{f'[{name[0]}]' if ':' in name[0] else name[0]}:{name[1]}"
+
+
+def flush_output() -> None:
+    """Before a fork, or both processes would write what is buffered."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass
+
+
+def enable_faulthandler() -> None:
+    """So that SIGABRT makes a hung worker show its stacks."""
+    import faulthandler
+    try:
+        faulthandler.enable()
+    except (OSError, ValueError, AttributeError, RuntimeError):  # no stderr
+        pass
+
+
+def reseed() -> None:
+    """Or all workers would draw the same numbers."""
+    if "random" in sys.modules:
+        sys.modules["random"].seed()
+
+
+def count_workers(text: str) -> int:
+    """"auto" -> the CPUs this process may use."""
+    if text != "auto":
+        return min(int(text), MAX_WORKERS)
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*)):([0-9]{1,5})")
+
+
+def bind(address: str) -> socket.socket:
+    """"host:port", "[::1]:port", ":port" (any host) or "unix:/path" -> a listening socket.
+
+    Raises UsageError, StartError.
+    """
+    if address.startswith("unix:"):
+        return bind_unix(address[5:])
+    match = ADDRESS.fullmatch(address)
+    if not match or int(match[3]) > 65535:
+        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
+    host = match[1] or match[2] or "0.0.0.0"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "nt":  # ~SO_REUSEADDR: there, that one lets others take the port
+            sock.setsockopt(socket.SOL_SOCKET, ~socket.SO_REUSEADDR, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((host, int(match[3])))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise StartError(f"cannot bind to {address}: {error.strerror or error}") from None
+    return sock
+
+
+def bind_unix(path: str) -> socket.socket:
+    """A Unix socket, for its owner only (0600). One that nobody listens on any more is replaced."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise UsageError(f"no unix sockets on this system: unix:{path}")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            try:
+                sock.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise OSError(errno.EADDRINUSE, "somebody listens there")
+        mask = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise StartError(f"cannot bind to unix:{path}: {error.strerror or error}") from None
+    return sock
+
+
+def unlink_sockets(addresses: Iterable[str]) -> None:
+    for address in addresses:
+        if address.startswith("unix:"):
+            try:
+                os.unlink(address[5:])
+            except OSError:
+                pass
+
+
+class Server:
+    """A worker in a thread of this process: for tests, and inside another program.
+
+        with Server(app, port=0) as server:
+            urlopen(server.url)
+    """
+
+    def __init__(self, app: Callable, port: int = 8080, host: str = "127.0.0.1",
+                 **settings: object) -> None:
+        given = Settings(**settings)
+        self.sock = bind(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        given.workers = "0"
+        self.worker = Worker(app, [self.sock], given)
+        self.host = host
+        self.port: int = self.sock.getsockname()[1]
+        self.url = format_address(self.sock)
+        self.thread = threading.Thread(target=self.worker.monitor, daemon=True, name="minibottle")
+
+    def start(self) -> "Server":
+        self.thread.start()
+        return self
+
+    def stop(self) -> None:
+        """From any thread: end what is begun, within `grace`, and free the port."""
+        self.worker.drain()
+        self.thread.join(self.worker.settings.grace + 2.0)
+
+    def __enter__(self) -> "Server":
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Optional[int] = None,
+        **options: object) -> None:
+    """Serve a WSGI application (the default one, if none is given) until a signal says stop.
+
+    `host` and `port` (127.0.0.1:8080), or `bind`, and any other setting (SETTINGS). The command
+    line's flags beat them. In a process that has threads, or outside its main thread, it serves
+    without a master. Raises UsageError, StartError.
+    """
+    app = app if app is not None else default_app()
+    if host is not None or port is not None:
+        host, port = host or "127.0.0.1", 8080 if port is None else port
+        options.setdefault("bind", [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"])
+    running = sys.modules.get("minibottle.running")
+    if running is not None:
+        running.serve(app, options)
+        return
+    status = start(lambda: app, {}, options, reloads=False)
+    if status:
+        raise SystemExit(status)
+
+
+def start(load: Callable[[], Optional[Callable]], flags: dict, options: dict,
+          reloads: bool) -> int:
+    """Serve with a master, or alone where there can be none; the exit status."""
+    workers = {**options, **flags}.get("workers", DEFAULTS.workers)
+    why = reason_to_be_alone(str(workers))
+    given = {**options, **flags}
+    if why is None:
+        return Master(load, given, reloads).run()
+    if why:
+        print_line(why)
+    return boot(Alone(given), load)
+
+
+def reason_to_be_alone(workers: str) -> Optional[str]:
+    """None: a master can fork. "" or a line for the operator: it cannot."""
+    if workers == "0":
+        return ""
+    if not hasattr(os, "fork"):
+        return f"this system has no fork: one process with threads, not {workers} workers"
+    if threading.current_thread() is not threading.main_thread():
+        return "not in the main thread: one process with threads, no master"
+    if threading.active_count() > 1:
+        return "this process has threads already: one process, no master"
+    return None
+
+
+# === 14. Default app and command line =========================================
+# The module-level shortcuts of Bottle, and `python minibottle.py module:name`.
+
+class AppStack(list):
+    """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
+
+    def __call__(self) -> App:
+        return self[-1] if self else self.push()
+
+    def push(self, app: Optional[App] = None) -> App:
+        self.append(app if isinstance(app, App) else App())
+        return self[-1]
+
+    new_app = push
+
+
+app = apps = default_app = AppStack()
+
+
+def on_default_app(name: str) -> Callable:
+    """A function that calls the method of the default application, whichever that is then."""
+    @wraps(getattr(App, name))
+    def shortcut(*args: object, **options: object) -> Any:
+        return getattr(default_app(), name)(*args, **options)
+    return shortcut
+
+
+route = on_default_app("route")
+get = on_default_app("get")
+post = on_default_app("post")
+put = on_default_app("put")
+delete = on_default_app("delete")
+patch = on_default_app("patch")
+error = on_default_app("error")
+hook = on_default_app("hook")
+url = on_default_app("get_url")
+
+
+def load_target(target: str) -> Optional[Callable]:
+    """"module:name" -> the WSGI application that it names, makes or runs; None: it has run.
+
+    Raises UsageError for what is not there, saying what is.
+    """
+    module_name, _, name = target.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # something that the module itself wants to import
+        raise UsageError(f"no module {module_name!r}; here is {names_here()}") from None
+    except (ValueError, TypeError):
+        raise UsageError(f"bad target {target!r}; it is module:name, such as app:main") from None
+    found: Any = module
+    for part in (name or "app").split("."):
+        if not hasattr(found, part):
+            there = ", ".join(key for key, value in vars(module).items()
+                              if callable(value) and not key.startswith("_")) or "nothing callable"
+            raise UsageError(f"no {name or 'app'!r} in {module_name!r}; there is {there}")
+        found = getattr(found, part)
+    return as_application(found, target)
+
+
+def names_here() -> str:
+    """The modules of the current directory."""
+    names = sorted(entry[:-3] for entry in os.listdir(".") if entry.endswith(".py"))
+    return ", ".join(names[:20]) or "no Python file"
+
+
+def as_application(found: Any, target: str) -> Optional[Callable]:
+    """An App or its class, a WSGI callable, or a callable without parameters that makes one."""
+    if isinstance(found, type) and issubclass(found, App):
+        return found()
+    if isinstance(found, App):
+        return found
+    if not callable(found):
+        raise UsageError(f"{target} is {type(found).__name__}, not an application or a function")
+    if required_parameters(found) == 0:
+        made = found()
+        if made is not None and not callable(made):
+            raise UsageError(f"{target}() returned {type(made).__name__}, not an application")
+        return made
+    return found
+
+
+def required_parameters(function: Callable) -> int:
+    """How many arguments a call must give; 2 (WSGI) where that cannot be seen."""
+    import inspect
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return 2
+    return sum(1 for p in parameters if p.default is p.empty
+               and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
+def make_parser() -> Any:
+    """The command line: a flag for each row of SETTINGS."""
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="minibottle.py", description="Serve a WSGI application.",
+        epilog="TARGET is module:name: an App, its class, any WSGI callable, or a function that "
+               "makes one or calls run(). Times are in seconds, sizes in bytes.")
+    parser.add_argument("target", metavar="TARGET")
+    parser.add_argument("--version", action="version", version=f"minibottle {__version__}")
+    for name, default, meaning in SETTINGS:
+        flag = "--" + name.replace("_", "-")
+        if isinstance(default, bool):
+            parser.add_argument(flag, dest=name, action="store_true", default=None, help=meaning)
+            parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
+                                help=f"the opposite; {flag} is the default")
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, dest=name, action="append", metavar="ADDRESS",
+                                help=f"{meaning} ({default[0]})")
+        else:
+            parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The command line; returns the exit status."""
+    given = vars(make_parser().parse_args(argv))
+    target = given.pop("target")
+    flags = {name: value for name, value in given.items() if value is not None}
+    flags.setdefault("access_log", True)
+    if not log.handlers and not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    sys.path.insert(0, os.getcwd())
+    try:
+        Settings(**flags)
+        return start(lambda: load_target(target), flags, {}, reloads=True)
+    except (UsageError, StartError) as error:
+        print_line(str(error))
+        return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
+
+
+if __name__ == "__main__":
+    sys.modules["minibottle"] = sys.modules["__main__"]  # `import minibottle` finds this one
+    sys.exit(main())
