@@ -96,7 +96,7 @@ from http import HTTPStatus
 from importlib import import_module
 from itertools import chain
 from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
-                    Match, NoReturn, Optional, Pattern, Set, Tuple, Type, Union)
+                    Match, NoReturn, Optional, Pattern, Set, Tuple, Union)
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 __version__ = "1.0"
@@ -512,7 +512,15 @@ DROPPED = ""                # the environ key under which names with "_" end: th
 
 Field = Tuple[str, str]
 field_lines: Dict[str, Field] = {}       # a header line, checked -> (environ key, value)
+field_names: Dict[str, str] = {}         # a header name, checked -> its environ key
 request_lines: Dict[str, dict] = {}      # a request line, checked -> its part of the environ
+
+
+def remember(memo: dict, key: object, value: object) -> None:
+    """Keep it; a memo that is full begins again, so that nobody can fill it with rubbish for good."""
+    if len(memo) >= MAX_MEMO:
+        memo.clear()
+    memo[key] = value
 
 
 def parse_head(text: str, template: dict, max_headers: int = 100) -> Dict[str, Any]:
@@ -520,19 +528,18 @@ def parse_head(text: str, template: dict, max_headers: int = 100) -> Dict[str, A
 
     `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest and its children.
     """
-    lines = iter(text.split("\r\n"))
-    line = next(lines)
+    lines = text.split("\r\n")
+    if len(lines) > max_headers + 1:
+        raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
+    line = lines.pop(0)
     environ = template.copy()
     environ.update(request_lines.get(line) or parse_request_line(line))
-    if text.count("\r\n") > max_headers:
-        raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
     known = field_lines.get  # FAST: a memo of checked lines, 0.3 of the time of matching each
     for line in lines:
         name, value = known(line) or parse_field_line(line)
         environ[name] = value if name not in environ else join_field(name, environ[name], value)
-    target = environ["REQUEST_URI"]
-    if target[0] != "/":
-        parse_other_target(environ, target)
+    if environ["REQUEST_URI"][0] != "/":
+        parse_other_target(environ, environ["REQUEST_URI"])
     elif "HTTP_HOST" not in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
         raise BadRequest("no Host header")  # RFC 9112 3.2
     return environ
@@ -554,8 +561,8 @@ def parse_request_line(line: str) -> Dict[str, Any]:
              "QUERY_STRING": query, "SERVER_PROTOCOL": protocol}
     if "#" in target:
         raise BadRequest(f"fragment in request target {target[:80]!a}")
-    if len(line) < MAX_MEMO_CHARS and len(request_lines) < MAX_MEMO:
-        request_lines[line] = parts
+    if len(line) < MAX_MEMO_CHARS:
+        remember(request_lines, line, parts)
     return parts
 
 
@@ -579,16 +586,28 @@ def parse_field_line(line: str) -> Field:
     match = FIELD_LINE.fullmatch(line)
     if not match:
         raise BadRequest(f"{explain_field_line(line)} in header line {line[:60]!a}")
-    name, value = match[1].upper().replace("-", "_"), match[2].strip(" \t")
-    if "_" in match[1]:
-        return DROPPED, match[1]  # X_A would be X-A in the environ, and so get past a proxy's check
-    if name not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        name = "HTTP_" + name
+    given, value = match.groups()
+    name = field_names.get(given) or environ_key(given)
+    if name is DROPPED:
+        return DROPPED, given
+    value = value.strip(" \t")
     if name == "HTTP_HOST" and not HOST.fullmatch(value):
         raise BadRequest(f"bad host {value[:80]!a}")
-    if len(line) < MAX_MEMO_CHARS and len(field_lines) < MAX_MEMO and name not in SECRET:
-        field_lines[line] = name, value
+    if len(line) < MAX_MEMO_CHARS and name not in SECRET:
+        remember(field_lines, line, (name, value))
     return name, value
+
+
+def environ_key(name: str) -> str:
+    """"X-A" -> "HTTP_X_A". X_A is DROPPED: it would be the same, and so get past a proxy's check."""
+    if "_" in name:
+        return DROPPED
+    key = name.upper().replace("-", "_")
+    if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        key = "HTTP_" + key
+    if len(name) < MAX_MEMO_CHARS:
+        remember(field_names, name, key)
+    return key
 
 
 def explain_field_line(line: str) -> str:
@@ -743,17 +762,27 @@ def frame_chunk(piece: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 
+length_lines: Dict[int, bytes] = {}
+
+
+def format_length(size: int) -> bytes:
+    """12 -> b"Content-Length: 12\\r\\n"."""
+    line = b"Content-Length: %d\r\n" % size
+    remember(length_lines, size, line)
+    return line
+
 # What a header of an answer is to the server.
 PLAIN, BODY_LENGTH, OURS, HOP_BY_HOP = range(4)
 KINDS = {"content-length": BODY_LENGTH, "date": OURS, "server": OURS}
 KINDS.update(dict.fromkeys(("connection", "keep-alive", "proxy-authenticate", "te", "trailer",
                             "proxy-authorization", "trailers", "transfer-encoding", "upgrade",
                             "proxy-connection"), HOP_BY_HOP))  # RFC 9110 7.6.1, PEP 3333
-answer_lines: Dict[Tuple[str, str], Tuple[str, int]] = {}  # a header of an answer, checked
+answer_lines: Dict[Tuple[str, str], Tuple[bytes, int]] = {}  # a header of an answer, checked
+statuses: Dict[str, bool] = {}                               # a status, checked -> has no body
 
 
-def format_field(field: Tuple[str, str]) -> Tuple[str, int]:
-    """("Allow", "GET") -> ("Allow: GET\\r\\n", PLAIN), of PEP 3333's kind of strings.
+def format_field(field: Tuple[str, str]) -> Tuple[bytes, int]:
+    """("Allow", "GET") -> (b"Allow: GET\\r\\n", PLAIN), of PEP 3333's kind of strings.
 
     Raises TypeError and ValueError: it is the application that made it.
     """
@@ -767,23 +796,24 @@ def format_field(field: Tuple[str, str]) -> Tuple[str, int]:
         raise ValueError(f"bad header name {name!a}")
     if CONTROL.search(value):
         raise ValueError(f"control character in header {name}: {value!a}")
-    value.encode("latin-1")
     kind = KINDS.get(name.lower(), PLAIN)
     if kind == BODY_LENGTH and not LENGTH.fullmatch(value):
         raise ValueError(f"bad Content-Length {value!a}")
-    made = f"{name}: {value}\r\n", kind
-    if len(answer_lines) < MAX_MEMO and len(value) < MAX_MEMO_CHARS and name[:10] != "Set-Cookie":
-        answer_lines[field] = made
+    made = f"{name}: {value}\r\n".encode("latin-1"), kind
+    if len(value) < MAX_MEMO_CHARS and name[:10] != "Set-Cookie":
+        remember(answer_lines, field, made)
     return made
 
 
-def check_status(status: object) -> str:
-    """"200 OK" -> the same. Raises TypeError, ValueError."""
-    if type(status) is not str:
-        raise TypeError(f"a status is a str such as '200 OK', not {status!a}")
+def check_status(status: str) -> bool:
+    """"200 OK" -> False, "304 Not Modified" -> True: has it no body? Raises TypeError, ValueError."""
+    if not isinstance(status, str):
+        raise TypeError(f"a status is a str such as '200 OK', not {status!r}")
     if not STATUS.fullmatch(status):
         raise ValueError(f"bad status {status!a}")
-    return status
+    bodiless = status[:3] in ("204", "304")
+    remember(statuses, status, bodiless)
+    return bodiless
 
 
 def format_error(error: BadRequest) -> Tuple[str, bytes]:
@@ -1663,20 +1693,16 @@ class RouteTable:
     """The rules of one method."""
 
     def __init__(self) -> None:
-        self.static: Dict[str, object] = {}  # path -> target
+        self.static: Dict[str, tuple] = {}   # path -> (target, None, None)
         self.root = Node()
         self.rules: Dict[str, Rule] = {}     # pattern without names -> rule
 
-    def find(self, path: str) -> Optional[Tuple[object, Optional[Rule], Optional[Match]]]:
-        """(target, rule, match) of the first that fits; (target, None, None) for a static one."""
-        target = self.static.get(path)
-        if target is not None:
-            return target, None, None
-        if self.rules:
-            for rule in self.candidates(path):
-                match = rule.match(path)
-                if match:
-                    return rule.target, rule, match
+    def find_rule(self, path: str) -> Optional[Tuple[object, Rule, Match]]:
+        """(target, rule, match) of the first rule with wildcards that fits."""
+        for rule in self.candidates(path):
+            match = rule.match(path)
+            if match:
+                return rule.target, rule, match
         return None
 
     def candidates(self, path: str) -> List[Rule]:
@@ -1737,7 +1763,7 @@ class Router:
             table = self.tables[method] = RouteTable()
             self.orders = {}
         if all(type(part) is str for part in parts):
-            table.static["".join(parts)] = target
+            table.static["".join(parts)] = target, None, None
             return
         pattern, flat, segments, spans = self.flatten(rule, parts)
         known = table.rules.get(flat)
@@ -1802,22 +1828,27 @@ class Router:
         return pattern, flat, segments, spans
 
     def find(self, method: str, path: str) -> Optional[tuple]:
-        """(target, rule, match), or None. As Bottle: PROXY, the method (GET for HEAD), ANY."""
-        tables = self.orders.get(method)
-        if tables is None:
-            order = ("PROXY", method) + (("GET",) if method == "HEAD" else ()) + ("ANY",)
-            tables = [self.tables[name] for name in order if name in self.tables]
-            if len(self.orders) < 64:
-                self.orders[method] = tables
-        for table in tables:
-            found = table.find(path)
+        """(target, rule, match), or None; rule and match are None for a static rule. As Bottle: first
+        PROXY, then the method (for HEAD then GET), then ANY; of each first the static rules."""
+        for table in self.orders.get(method) or self.order_of(method):
+            found = table.static.get(path) or table.rules and table.find_rule(path)
             if found:
                 return found
         return None
 
+    def order_of(self, method: str) -> List[RouteTable]:
+        """The tables to ask for a method, in any case."""
+        verb = method.upper()
+        order = ("PROXY", verb) + (("GET",) if verb == "HEAD" else ()) + ("ANY",)
+        tables = [self.tables[name] for name in order if name in self.tables]
+        if len(self.orders) < 64:
+            self.orders[method] = tables
+        return tables
+
     def allowed(self, path: str) -> List[str]:
         """The methods that this path has a target for, for Allow (RFC 9110 10.2.1)."""
-        methods = {name for name, table in self.tables.items() if table.find(path)}
+        methods = {name for name, table in self.tables.items()
+                   if path in table.static or table.find_rule(path)}
         if methods:
             methods.add("OPTIONS")
         if "GET" in methods:
@@ -1862,7 +1893,7 @@ class Plan:
         self.early = early        # the answer does not need the body: 404, 405
         self.stream = stream      # call when the head is in; the body is read as it arrives
         self.max_body = max_body  # bytes; None: the server's limit
-        self.slow = 0             # above 0: calls have blocked lately. The server counts it
+        self.slow = 0             # above SLOW_MEMORY: calls have blocked lately. The server's
 
 
 EARLY = Plan(early=True)
@@ -2016,7 +2047,10 @@ class App:
         self.routes: List[Route] = []
         self.router = Router()
         self.error_handler: Dict[int, Callable] = {}
-        self._hooks: Dict[str, List[Callable]] = {"before_request": [], "after_request": []}
+        self._before: List[Callable] = []  # hooks, in the order of their calls
+        self._after: List[Callable] = []
+        self._static: Dict[str, Dict[str, tuple]] = {}  # method -> PATH_INFO -> what was found
+        self._hooks = {"before_request": self._before, "after_request": self._after}
 
     # -- what people say --
 
@@ -2038,6 +2072,7 @@ class App:
                     made = Route(self, rule, verb.upper(), callback, name, **config)
                     self.routes.append(made)
                     self.router.add(rule, made.method, made, name)
+            self._static = {}
             return callback
 
         return decorator(callback) if callback else decorator
@@ -2098,8 +2133,6 @@ class App:
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
         found = self._find(environ)
-        if isinstance(found, HTTPResponse):
-            raise found
         return found[3], found[4]
 
     def run(self, **options: Any) -> None:
@@ -2120,9 +2153,13 @@ class App:
         return found[3].plan if found else EARLY
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
-        """(self, method, PATH_INFO, route, rule and match or None), or None."""
-        method = environ["REQUEST_METHOD"].upper()
+        """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
+        method = environ["REQUEST_METHOD"]
         info = environ["PATH_INFO"]
+        known = self._static.get(method)
+        found = known and known.get(info)  # FAST: a memo of static routes, 3 times as fast
+        if found:
+            return found
         try:
             found = self.router.find(method, wsgi_to_text(info) or "/")
         except UnicodeError:
@@ -2130,26 +2167,24 @@ class App:
         if found is None:
             return None
         route, rule, match = found
-        return self, method, info, route, (rule, match) if rule else NO_ARGS
+        if rule:
+            return self, method, info, route, (rule, match)
+        found = self._static.setdefault(method, {})[info] = self, method, info, route, NO_ARGS
+        return found
 
-    def _find(self, environ: Dict[str, Any]) -> Union[tuple, HTTPResponse]:
-        """(self, method, PATH_INFO, route, arguments), by the plan's work if it still fits."""
+    def _find(self, environ: Dict[str, Any]) -> tuple:
+        """(self, method, PATH_INFO, route, arguments). Raises HTTPResponse, BadRequest."""
         found = environ.get("minibottle.route")
-        if (found is None or found[0] is not self or found[2] != environ.get("PATH_INFO")
-                or found[1] != environ["REQUEST_METHOD"]):
+        if (not found or found[0] is not self or found[2] != environ["PATH_INFO"]
+                or found[1] != environ["REQUEST_METHOD"]):  # changed since the plan, or no plan
+            if "minibottle.refused" in environ:
+                raise environ["minibottle.refused"]
             found = self._look_up(environ)
             if found is None:
-                return self._not_found(environ)
+                raise self._not_found(environ)
+            environ["minibottle.route"] = found
         if type(found[4]) is tuple:
-            rule, match = found[4]
-            args = match.groupdict()
-            try:
-                for name, convert in rule.converters:
-                    args[name] = convert(args[name])
-            except ValueError:
-                return HTTPError(400, "Path has wrong format.")
-            found = found[:4] + (args,)
-        environ["minibottle.route"] = found
+            found = environ["minibottle.route"] = found[:4] + (convert_args(*found[4]),)
         return found
 
     def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
@@ -2167,38 +2202,30 @@ class App:
 
     def _handle(self, environ: Dict[str, Any]) -> Any:
         """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
-        before, after = self._hooks["before_request"], self._hooks["after_request"]
         try:
-            out: Any = run_hooks(before) if before else None
+            out: Any = run_hooks(self._before) if self._before else None
             if out is None:
-                out = self._call(environ)
+                found = self._find(environ)
+                route, args = found[3], found[4]
+                if route.wants_request:
+                    out = route.call(request=Request(environ), **args)
+                else:
+                    out = route.call(**args)
         except HTTPResponse as answer:
             out = answer
         except Exception as error:
             out = self.failure(error, environ)
         if isinstance(out, Response):
             out = self._apply(out, environ)
-        if after:
+        if self._after:
             try:
-                for hook in after:
+                for hook in self._after:
                     hook()
             except HTTPResponse as answer:
                 out = self._apply(answer, environ)
             except Exception as error:
                 out = self._apply(self.failure(error, environ), environ)
         return out
-
-    def _call(self, environ: Dict[str, Any]) -> object:
-        refused = environ.get("minibottle.refused")
-        if refused is not None:
-            raise refused
-        found = self._find(environ)
-        if type(found) is not tuple:
-            return found
-        route, args = found[3], found[4]
-        if route.wants_request:
-            return route.call(request=Request(environ), **args)
-        return route.call(**args)
 
     def _apply(self, out: Response, environ: Dict[str, Any]) -> object:
         """Status, headers and cookies of a returned or raised Response onto the request's own."""
@@ -2313,21 +2340,19 @@ class App:
                 out = self._cast(self._apply(self.failure(error, environ), environ))
             answer = environ.get("minibottle.response")
             if answer is None:
-                status, headers = "200 OK", [HTML]
-                bodiless = environ["REQUEST_METHOD"] == "HEAD"
+                status, headers, has_body = "200 OK", [HTML], True
             else:
                 status, headers = answer.status_line, answer.headerlist
-                bodiless = environ["REQUEST_METHOD"] == "HEAD" or answer.status_code in BODILESS
+                has_body = answer.status_code not in BODILESS
             if type(out) is bytes:
-                if answer is None or answer.status_code not in BODILESS:
-                    if answer is None or "Content-Length" not in answer.headers.dict:
-                        headers.append(("Content-Length", str(len(out))))
+                if has_body and (answer is None or "Content-Length" not in answer._headers.dict):
+                    headers.append(("Content-Length", str(len(out))))
                 out = [out]
             start_response(status, headers)
-            if bodiless:
-                getattr(out, "close", NOTHING_TO_CLOSE)()
-                return []
-            return out
+            if has_body and environ["REQUEST_METHOD"] != "HEAD":
+                return out
+            getattr(out, "close", NOTHING_TO_CLOSE)()
+            return []
         finally:
             CURRENT.reset(token)
 
@@ -2351,6 +2376,17 @@ def listed(value: object) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
+
+
+def convert_args(rule: Rule, match: Match) -> dict:
+    """The arguments of a call, by what the filters of the rule make of its wildcards."""
+    args = match.groupdict()
+    try:
+        for name, convert in rule.converters:
+            args[name] = convert(args[name])
+    except ValueError:
+        raise HTTPError(400, "Path has wrong format.") from None
+    return args
 
 
 def run_hooks(hooks: List[Callable]) -> Optional[Response]:
@@ -2490,7 +2526,8 @@ class TestClient:
         pieces: List[bytes] = []
 
         def start_response(status: str, headers: list, exc_info: object = None) -> Callable:
-            started[:] = check_status(status), [tuple(pair) for pair in headers]
+            check_status(status)
+            started[:] = status, [tuple(pair) for pair in headers]
             for pair in started[1]:
                 format_field(pair)
             return pieces.append
@@ -2527,7 +2564,7 @@ IN, OUT, OFF = 1, 4, 1 << 30  # EPOLLIN, EPOLLOUT, EPOLLONESHOT: a mask of 0 wou
 
 MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread the loop
 SLOW_SECONDS = 0.001        # a call that lasts longer has blocked
-SLOW_MEMORY = 16            # fast calls until a route that has blocked is called inline again
+SLOW_MEMORY = 16            # a route that blocks twice within so many calls is called on a thread
 SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
@@ -2638,7 +2675,7 @@ class Connection:
                  deadline: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
-        self.addr, self.port = peer[:2] if isinstance(peer, tuple) else ("", "")
+        self.addr, self.port = (peer[0], str(peer[1])) if isinstance(peer, tuple) else ("", "")
         self.template = template
         self.buf = b""            # read, and not used yet
         self.want = IN            # what it waits for: IN or OUT
@@ -2713,6 +2750,7 @@ class Loop:
 
     def monitor(self) -> None:
         """Run the worker until it is over. The main thread's: signals are served here."""
+        sys.setswitchinterval(0.0005)  # a CPU-bound call would cost the loop 5 ms a system call
         with self.lock:
             first = self.start_thread()
             if first is None:
@@ -3181,44 +3219,54 @@ MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout h
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # RFC 9110 15.2.1
-NO_BODY = ("204", "304")
+
+# How a head ends, and so whether the connection goes on after the answer.
+KEEP = b"\r\n"
+KEEP_OLD = b"Connection: keep-alive\r\n\r\n"  # to HTTP/1.0
+CLOSE = b"Connection: close\r\n\r\n"
 
 
 class Exchange:
-    """One request and its answer, and the start_response of PEP 3333."""
+    """One request and its answer, and the start_response of PEP 3333.
 
-    __slots__ = ("worker", "connection", "environ", "plan", "keep", "unread", "file", "decoder",
-                 "buf", "started", "received", "stream", "status", "headers", "lines", "length",
-                 "ours", "head_sent", "chunked", "left", "out", "iterator", "result", "offset",
-                 "sent")
+    What only some requests need is set when it is needed.
+    """
+
+    __slots__ = ("worker", "connection", "environ", "plan", "ending", "is_head", "unread", "file",
+                 "decoder", "buf", "started", "received", "stream", "status", "bodiless",
+                 "headers", "lines", "length", "ours", "head_sent", "chunked", "left", "out",
+                 "iterator", "result", "offset", "sent")
     plan: Plan                # set once routed
-    buf: Any                  # a bytearray while a body comes: read, and not decoded
+    buf: Any                  # while a body comes, a bytearray: read, and not decoded
     decoder: Any
     started: float            # when it began to come
     received: int             # bytes of it
     status: str               # set by start_response
+    bodiless: bool            # by its status: 204, 304
     headers: List[Tuple[str, str]]
     length: Optional[int]     # the application's Content-Length
     ours: Tuple[str, ...]     # of Server and Date, what it has set itself
+    left: Optional[int]       # bytes to come of a body with a Content-Length
+    iterator: Any             # what is pulled
     offset: int               # in a file that is sent
+    sent: int                 # bytes of body, for the log
 
     def __init__(self, worker: "Worker", connection: Connection, environ: Dict[str, Any],
-                 keep: bool) -> None:
+                 ending: bytes) -> None:
         self.worker = worker
         self.connection = connection
         self.environ = environ
-        self.keep = keep            # the connection, after the answer
-        self.unread = False         # there is body that nobody will read
-        self.file: Any = None       # the collected body
-        self.stream: Any = None     # the body as it arrives
-        self.lines: Any = None      # header lines of the answer; None: start_response to come
+        self.ending = ending      # KEEP, KEEP_OLD or CLOSE
+        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
+        self.unread = False       # there is body that nobody will read
+        self.file: Any = None     # the collected body
+        self.stream: Any = None   # the body as it arrives, a StreamInput
+        self.lines: Any = None    # header lines of the answer, the first for the status line
         self.head_sent = False
         self.chunked = False
-        self.left: Any = None       # bytes to come of a body with a Content-Length
-        self.iterator: Any = None   # what is pulled; None: the answer is bytes or a file
-        self.result: Any = None     # what the application returned, to be closed
-        self.out: Any = None        # bytes the socket has not taken yet
-        self.sent = 0               # bytes of body, for the log
+        self.result: Any = None   # what the application returned, to be closed
+        self.out: Any = None      # bytes the socket has not taken yet
+        self.sent = 0
 
     def start_response(self, status: str, headers: List[Tuple[str, str]],
                        exc_info: Any = None) -> Callable[[bytes], None]:
@@ -3228,12 +3276,15 @@ class Exchange:
                 raise RuntimeError("start_response called again without exc_info")
             if self.head_sent:
                 raise exc_info[1].with_traceback(exc_info[2])
-        lines: List[str] = []
+        bodiless = statuses.get(status)
+        self.bodiless = check_status(status) if bodiless is None else bodiless
+        lines = [b""]
         self.length = None
         self.ours = ()
+        known = answer_lines.get  # FAST: a memo of checked headers
         for field in headers:
-            line, kind = answer_lines.get(field) or format_field(field)
-            if kind == PLAIN:
+            line, kind = known(field) or format_field(field)
+            if not kind:
                 lines.append(line)
             elif kind == BODY_LENGTH:
                 self.length = int(field[1])
@@ -3243,7 +3294,7 @@ class Exchange:
             else:
                 note_once(field[0].lower(), "hop-by-hop header %s of the application dropped",
                           field[0])
-        self.status = check_status(status)
+        self.status = status
         self.headers = headers
         self.lines = lines
         return self.write
@@ -3322,11 +3373,13 @@ class Worker(Loop):
         self.routes = self.plan != self.learned_plan  # the application can refuse by itself
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
-        self.prefixes: Dict[str, str] = {}   # status -> status line, Server and Date, for a second
+        self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
         self.log_lines: List[str] = []       # of this turn
         self.logs = settings.access_log or bool(access_log.handlers)
         self.safe_head = min(settings.max_request_line, settings.max_header_bytes)
-        self.multiprocess = False
+        self.max_headers = settings.max_headers
+        self.keepalive_timeout = settings.keepalive_timeout
+        self.gzip_min = settings.gzip_min if settings.gzip else sys.maxsize
         if not settings.max_connections:
             settings.max_connections = free_descriptors()
         for sock in sockets:
@@ -3338,13 +3391,18 @@ class Worker(Loop):
         host, port = (name[0], str(name[1])) if isinstance(name, tuple) else ("localhost", "80")
         if isinstance(name, tuple):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Linux: inherited
-        return {"SERVER_NAME": host, "SERVER_PORT": port, "SCRIPT_NAME": "",
-                "SERVER_SOFTWARE": "minibottle", "wsgi.version": (1, 0),
-                "wsgi.url_scheme": "http", "wsgi.multithread": True, "wsgi.run_once": False,
-                "wsgi.multiprocess": self.settings.workers not in ("0", "1"),
-                "wsgi.errors": sys.stderr or LogStream(), "wsgi.input": EMPTY_INPUT,
-                "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
-                "minibottle.settings": self.settings}
+        environ: Dict[str, Any] = dict.fromkeys((  # set for each request; FAST: a dict that need not grow, 1 us
+            "REQUEST_METHOD", "REQUEST_URI", "RAW_URI", "PATH_INFO", "QUERY_STRING",
+            "SERVER_PROTOCOL", "REMOTE_ADDR", "REMOTE_PORT", "minibottle.route"), "")
+        environ.update({
+            "SERVER_NAME": host, "SERVER_PORT": port, "SCRIPT_NAME": "",
+            "SERVER_SOFTWARE": "minibottle", "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http", "wsgi.multithread": True, "wsgi.run_once": False,
+            "wsgi.multiprocess": self.settings.workers not in ("0", "1"),
+            "wsgi.errors": sys.stderr or LogStream(), "wsgi.input": EMPTY_INPUT,
+            "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
+            "minibottle.settings": self.settings})
+        return environ
 
     def learned_plan(self, environ: Dict[str, Any]) -> Plan:
         """For an application without minibottle_plan: what its first path segment has taught."""
@@ -3399,16 +3457,18 @@ class Worker(Loop):
             if not self.check_head(c, data if end < 0 else data[:end], me) or end < 0:
                 return
         try:
-            environ = parse_head(data[:end].decode("latin-1"), c.template,
-                                 self.settings.max_headers)
+            environ = parse_head(data[:end].decode("latin-1"), c.template, self.max_headers)
         except BadRequest as error:
             if data[:2] == b"\r\n":
                 return self.skip_empty_lines(c, me)
             return self.refuse(c, error, me)
         c.buf = data[end + 4:]
         environ["REMOTE_ADDR"] = c.addr
-        environ["REMOTE_PORT"] = str(c.port)
-        x = Exchange(self, c, environ, wants_keep_alive(environ))
+        environ["REMOTE_PORT"] = c.port
+        ending = KEEP  # FAST: end_of_head() agrees
+        if "HTTP_CONNECTION" in environ or environ["SERVER_PROTOCOL"] != "HTTP/1.1":
+            ending = end_of_head(environ)
+        x = Exchange(self, c, environ, ending)
         if DROPPED in environ:
             note_once("_", "header %s dropped: a name with _ could pass for one with -",
                       environ.pop(DROPPED))
@@ -3528,6 +3588,7 @@ class Worker(Loop):
         if not self.routes or not isinstance(error, ContentTooLarge):
             return self.refuse(x.connection, error, me)
         x.environ["minibottle.refused"] = error
+        x.environ["minibottle.route"] = None
         x.unread = True
         x.connection.exchange = None
         self.call(x, me)
@@ -3537,7 +3598,7 @@ class Worker(Loop):
     def call(self, x: Exchange, me: Hand) -> None:
         """Call the application and send what it returns. The ticket lies on the table meanwhile."""
         plan = x.plan
-        if plan.slow and me.holds:  # it has blocked lately: another thread calls
+        if plan.slow > SLOW_MEMORY and me.holds:  # it has blocked lately: another thread calls
             return self.enqueue(x)
         me.exchange = x
         began = monotonic()
@@ -3559,8 +3620,8 @@ class Worker(Loop):
                 me.holds = False
         me.since = 0.0
         now = monotonic()
-        if now - began > SLOW_SECONDS:
-            plan.slow = SLOW_MEMORY
+        if now - began > SLOW_SECONDS:  # once is chance: another process had the CPU
+            plan.slow = min(plan.slow + SLOW_MEMORY, 2 * SLOW_MEMORY)
         elif plan.slow:
             plan.slow -= 1
         if error is not None:
@@ -3581,67 +3642,57 @@ class Worker(Loop):
         """FAST: an answer that is all here goes out in one send; respond() agrees with it."""
         body = result[0] if len(result) == 1 else b"".join(result)
         size = len(body)
-        lines = x.lines
-        if size >= self.settings.gzip_min and self.settings.gzip:
+        if size >= self.gzip_min:
             body = self.compress(x, body, me)
-            size, lines = len(body), x.lines
-        if x.status[:3] in NO_BODY or x.environ["REQUEST_METHOD"] == "HEAD":
+            size = len(body)
+        if x.bodiless or x.is_head:
             return self.send_bodiless(x, size, me)
         if x.length is not None and x.length != size:
             return self.respond(x, (body,), me)
         if self.draining or x.unread:
-            x.keep = False
-        lines.append(f"Content-Length: {size}\r\n")
-        lines.append(self.end_of_head(x))
-        prefix = self.prefixes.get(x.status) if now < self.date_at and not x.ours else None
-        head = (prefix or self.make_prefix(x, now)) + "".join(lines)
+            x.ending = CLOSE
+        lines = x.lines
+        if now < self.date_at and not x.ours and x.status in self.prefixes:
+            lines[0] = self.prefixes[x.status]
+        else:
+            lines[0] = self.make_prefix(x, now)
+        lines += length_lines.get(size) or format_length(size), x.ending, body
         x.head_sent = True
         x.sent = size
-        self.send(x, head.encode("latin-1") + body, now, me)
+        self.send(x, b"".join(lines), now, me)
 
-    def end_of_head(self, x: Exchange) -> str:
-        if not x.keep:
-            return "Connection: close\r\n\r\n"
-        return "\r\n" if x.environ["SERVER_PROTOCOL"] == "HTTP/1.1" else \
-            "Connection: keep-alive\r\n\r\n"
-
-    def make_prefix(self, x: Exchange, now: float) -> str:
+    def make_prefix(self, x: Exchange, now: float) -> bytes:
         """The status line, and the Server and Date that the application has not set itself."""
         if now >= self.date_at:
             self.prefixes = {}
             self.date_at = now + 1.0 - time.time() % 1.0
-        if x.ours:
-            lines = [f"HTTP/1.1 {x.status}\r\n"]
-            if "server" not in x.ours:
-                lines.append("Server: minibottle\r\n")
-            if "date" not in x.ours:
-                lines.append(f"Date: {format_date(time.gmtime())}\r\n")
-            return "".join(lines)
-        made = (f"HTTP/1.1 {x.status}\r\nServer: minibottle\r\n"
-                f"Date: {format_date(time.gmtime())}\r\n")
-        if len(self.prefixes) < 100:
-            self.prefixes[x.status] = made
-        return made
+        made = f"HTTP/1.1 {x.status}\r\n"
+        if "server" not in x.ours:
+            made += "Server: minibottle\r\n"
+        if "date" not in x.ours:
+            made += f"Date: {format_date(time.gmtime())}\r\n"
+        if not x.ours and len(self.prefixes) < 100:
+            self.prefixes[x.status] = made.encode("latin-1")
+        return made.encode("latin-1")
 
     def make_head(self, x: Exchange) -> bytes:
         """The head of an answer, with the framing that its length asks for (RFC 9112 6)."""
-        extra = ""
-        bodiless = x.status[:3] in NO_BODY or x.environ["REQUEST_METHOD"] == "HEAD"
+        extra = b""
+        bodiless = x.bodiless or x.is_head
         x.left = None if bodiless else x.length
         if x.length is not None and x.status[:3] != "204":
-            extra = f"Content-Length: {x.length}\r\n"
+            extra = format_length(x.length)
         elif bodiless:
             pass
         elif x.environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             x.chunked = True
-            extra = "Transfer-Encoding: chunked\r\n"
+            extra = b"Transfer-Encoding: chunked\r\n"
         else:
-            x.keep = False  # its end is the end of the connection
+            x.ending = CLOSE  # its end is the end of the connection
         if self.draining or x.unread:
-            x.keep = False
+            x.ending = CLOSE
         x.head_sent = True
-        head = self.make_prefix(x, monotonic()) + "".join(x.lines) + extra + self.end_of_head(x)
-        return head.encode("latin-1")
+        return self.make_prefix(x, monotonic()) + b"".join(x.lines) + extra + x.ending
 
     def frame(self, x: Exchange, piece: bytes) -> bytes:
         """A piece of the body as it goes out, the head before the first."""
@@ -3652,14 +3703,14 @@ class Worker(Loop):
                           x.describe(), x.length)
                 piece = piece[:x.left]
             x.left -= len(piece)
-        if x.environ["REQUEST_METHOD"] == "HEAD" or x.status[:3] in NO_BODY:
+        if x.is_head or x.bodiless:
             return head
         x.sent += len(piece)
         return head + (frame_chunk(piece) if x.chunked else piece)
 
     def compress(self, x: Exchange, body: bytes, me: Hand) -> bytes:
         """The body as this client takes it, and x.lines to go with it."""
-        if x.environ["REQUEST_METHOD"] == "HEAD" or x.length not in (None, len(body)):
+        if x.is_head or x.length not in (None, len(body)):
             return body
         if self.negotiate(x, len(body)):
             body = self.user(me, gzip_bytes, body, self.settings.gzip_level)
@@ -3678,8 +3729,7 @@ class Worker(Loop):
 
     def send_bodiless(self, x: Exchange, size: int, me: Hand) -> None:
         """An answer to HEAD, or one that has no body (RFC 9110 6.4.1)."""
-        head_only = x.environ["REQUEST_METHOD"] == "HEAD" and x.status[:3] not in NO_BODY
-        if head_only:
+        if not x.bodiless:
             if x.length is None and size:
                 x.length = size
             if self.negotiate(x, x.length):
@@ -3723,13 +3773,13 @@ class Worker(Loop):
         if self.logs:
             self.log_access(x)
         c.exchange = None
-        if not x.keep:
+        if x.ending is CLOSE:
             return self.farewell(c, me)
         if x.stream is not None:
             c.buf = bytes(x.buf)
         c.phase = IDLE
         c.since = now
-        c.deadline = now + self.settings.keepalive_timeout
+        c.deadline = now + self.keepalive_timeout
         c.want = IN
         if c.buf:
             self.give_again(c, me)
@@ -3787,7 +3837,7 @@ class Worker(Loop):
             return self.on_error(x, error, me)
         if x.head_sent:
             return self.pump(x, first, me)
-        if x.environ["REQUEST_METHOD"] == "HEAD" or x.status[:3] in NO_BODY:
+        if x.is_head or x.bodiless:
             self.close_result(x, me)
             return self.send_bodiless(x, 0, me)
         if self.negotiate(x, x.length):
@@ -3812,7 +3862,7 @@ class Worker(Loop):
                     began = monotonic()
                     piece = self.pull(x, me)
                     if monotonic() - began > SLOW_SECONDS:
-                        x.plan.slow = SLOW_MEMORY
+                        x.plan.slow = 2 * SLOW_MEMORY
             except BaseException as error:
                 return self.on_error(x, error, me)
             if piece is None:
@@ -3821,7 +3871,7 @@ class Worker(Loop):
                 return self.abort(x, me)
             budget -= len(piece)
             if budget < 0:
-                x.plan.slow = SLOW_MEMORY
+                x.plan.slow = 2 * SLOW_MEMORY
                 self.leave(me)
             piece = None
         self.end_of_body(x, me)
@@ -3852,7 +3902,7 @@ class Worker(Loop):
             return False
         if n == len(data):
             return True
-        x.plan.slow = SLOW_MEMORY
+        x.plan.slow = 2 * SLOW_MEMORY
         self.leave(me)
         return self.send_now(x, memoryview(data)[n:])
 
@@ -3883,8 +3933,7 @@ class Worker(Loop):
     def begin_file(self, x: Exchange, me: Hand) -> bool:
         """A real file goes out by sendfile. False: it is none, or its bytes must be changed."""
         file = x.result.file
-        if not hasattr(os, "sendfile") or x.environ["REQUEST_METHOD"] == "HEAD" \
-                or x.status[:3] in NO_BODY:
+        if not hasattr(os, "sendfile") or x.is_head or x.bodiless:
             return False
         try:
             size = os.fstat(file.fileno()).st_size - file.tell()
@@ -3951,9 +4000,9 @@ class Worker(Loop):
         note_refusal("%s: %s %s", printable(c.addr), error.status, printable(error))
         x = c.exchange or Exchange(self, c, {"REQUEST_METHOD": "-", "REQUEST_URI": "-",
                                              "SERVER_PROTOCOL": "HTTP/1.1",
-                                             "REMOTE_ADDR": c.addr}, False)
+                                             "REMOTE_ADDR": c.addr}, CLOSE)
         c.buf = b""
-        x.keep = False
+        x.ending = CLOSE
         status, body = format_error(error)
         self.answer(x, me, status, body)
 
@@ -4020,14 +4069,14 @@ class Worker(Loop):
             self.user(me, write_log, "\n".join(lines) + "\n")
 
 
-def wants_keep_alive(environ: Dict[str, Any]) -> bool:
-    """RFC 9112 9.3."""
-    connection = environ.get("HTTP_CONNECTION")
-    is_new = environ["SERVER_PROTOCOL"] == "HTTP/1.1"
-    if connection is None:
-        return is_new
-    options = [option.strip(" \t") for option in connection.lower().split(",")]
-    return "close" not in options and (is_new or "keep-alive" in options)
+def end_of_head(environ: Dict[str, Any]) -> bytes:
+    """KEEP, KEEP_OLD or CLOSE, as the client wants it (RFC 9112 9.3)."""
+    options = [part.strip(" \t") for part in environ.get("HTTP_CONNECTION", "").lower().split(",")]
+    if "close" in options:
+        return CLOSE
+    if environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+        return KEEP
+    return KEEP_OLD if "keep-alive" in options else CLOSE
 
 
 def free_descriptors() -> int:

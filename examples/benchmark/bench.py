@@ -286,7 +286,7 @@ def run_inprocess(options):
     results = {}
     for name, module in import_libraries().items():
         app = module.Bottle()
-        app.route("/", callback=BODY.decode)
+        app.route("/", callback=lambda: "Hello World!")
         results[name] = {"us": time_call(app)}
     return [("us", "us a call", ".2f")], results
 
