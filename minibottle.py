@@ -157,6 +157,10 @@ class VersionNotSupported(BadRequest):
     status = 505
 
 
+class ClientGone(ConnectionError):
+    """The client has left in the middle of its request, or of the answer."""
+
+
 class UsageError(Exception):
     """A command line or a setting is wrong: one line for the operator, exit status 2."""
 
@@ -196,6 +200,7 @@ class Settings:
 
     workers: str
     max_connections: int
+    max_body: int
 
     def __init__(self, **given: object) -> None:
         for name, default, _ in SETTINGS:
@@ -517,7 +522,7 @@ request_lines: Dict[str, dict] = {}      # a request line, checked -> its part o
 
 
 def remember(memo: dict, key: object, value: object) -> None:
-    """Keep it; a memo that is full begins again, so that nobody can fill it with rubbish for good."""
+    """Keep it. A full memo begins again, so that nobody can fill it with rubbish for good."""
     if len(memo) >= MAX_MEMO:
         memo.clear()
     memo[key] = value
@@ -538,10 +543,10 @@ def parse_head(text: str, template: dict, max_headers: int = 100) -> Dict[str, A
     for line in lines:
         name, value = known(line) or parse_field_line(line)
         environ[name] = value if name not in environ else join_field(name, environ[name], value)
+    if "HTTP_HOST" not in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+        raise BadRequest("no Host header")  # RFC 9112 3.2
     if environ["REQUEST_URI"][0] != "/":
         parse_other_target(environ, environ["REQUEST_URI"])
-    elif "HTTP_HOST" not in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
-        raise BadRequest("no Host header")  # RFC 9112 3.2
     return environ
 
 
@@ -599,7 +604,7 @@ def parse_field_line(line: str) -> Field:
 
 
 def environ_key(name: str) -> str:
-    """"X-A" -> "HTTP_X_A". X_A is DROPPED: it would be the same, and so get past a proxy's check."""
+    """"X-A" -> "HTTP_X_A". X_A is DROPPED: it would be the same, past a proxy's check."""
     if "_" in name:
         return DROPPED
     key = name.upper().replace("-", "_")
@@ -806,7 +811,7 @@ def format_field(field: Tuple[str, str]) -> Tuple[bytes, int]:
 
 
 def check_status(status: str) -> bool:
-    """"200 OK" -> False, "304 Not Modified" -> True: has it no body? Raises TypeError, ValueError."""
+    """"200 OK" -> False, "304 Not Modified" -> True: has it no body? TypeError, ValueError."""
     if not isinstance(status, str):
         raise TypeError(f"a status is a str such as '200 OK', not {status!r}")
     if not STATUS.fullmatch(status):
@@ -1399,9 +1404,9 @@ def format_cookie(name: str, value: str, options: Dict[str, object]) -> str:
     return "; ".join(parts)
 
 
-def format_cookie_option(key: str, value: object) -> str:
+def format_cookie_option(key: str, value: Any) -> str:
     if key == "max_age":
-        value = int(getattr(value, "total_seconds", lambda: value)())
+        value = int(value.total_seconds() if hasattr(value, "total_seconds") else value)
     elif key == "expires":
         value = http_date(value)
     elif key == "samesite":
@@ -1828,8 +1833,8 @@ class Router:
         return pattern, flat, segments, spans
 
     def find(self, method: str, path: str) -> Optional[tuple]:
-        """(target, rule, match), or None; rule and match are None for a static rule. As Bottle: first
-        PROXY, then the method (for HEAD then GET), then ANY; of each first the static rules."""
+        """(target, rule, match), or None; rule and match are None for a static rule. As Bottle:
+        PROXY, then the method (for HEAD then GET), then ANY; of each the static rules first."""
         for table in self.orders.get(method) or self.order_of(method):
             found = table.static.get(path) or table.rules and table.find_rule(path)
             if found:
@@ -2240,6 +2245,8 @@ class App:
             return error
         if isinstance(error, BadRequest):
             return HTTPError(error.status, str(error), error)
+        if isinstance(error, ClientGone):
+            return HTTPError(400, str(error), error)
         if not self.catchall:
             raise error
         log.error("%s %s: unhandled exception", printable(environ.get("REQUEST_METHOD", "?")),
@@ -2639,7 +2646,7 @@ class Waker:
 class Hand:
     """A thread, as the others see it."""
 
-    __slots__ = ("table", "wake", "holds", "since", "exchange", "thread")
+    __slots__ = ("table", "wake", "holds", "since", "hung", "exchange", "thread")
 
     def __init__(self) -> None:
         self.table: List[float] = []  # the ticket (the time the call began) while user code runs
@@ -2647,6 +2654,7 @@ class Hand:
         self.wake.acquire()
         self.holds = False            # it has the loop; only the thread itself clears it
         self.since = 0.0              # off the loop: when its call began; 0.0: it runs none
+        self.hung = 0.0               # the same, of the call that was reported
         self.exchange: Optional["Exchange"] = None  # what it calls for
         self.thread: Any = None
 
@@ -2671,11 +2679,12 @@ class Connection:
     __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase", "since",
                  "deadline", "exchange")
 
-    def __init__(self, sock: socket.socket, peer: object, template: dict, now: float,
+    def __init__(self, sock: socket.socket, peer: Any, template: dict, now: float,
                  deadline: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
-        self.addr, self.port = (peer[0], str(peer[1])) if isinstance(peer, tuple) else ("", "")
+        self.addr = peer[0] if isinstance(peer, tuple) else ""  # "" of a Unix socket
+        self.port = str(peer[1]) if isinstance(peer, tuple) else ""
         self.template = template
         self.buf = b""            # read, and not used yet
         self.want = IN            # what it waits for: IN or OUT
@@ -2743,8 +2752,20 @@ class Loop:
     def on_turn(self, me: Hand) -> None:
         raise NotImplementedError
 
+    def on_hung(self, hand: Hand, seconds: float) -> None:
+        raise NotImplementedError
+
     def on_heartbeat(self, now: float) -> None:
-        """Every few seconds, on the monitor."""
+        """Every few seconds, on the monitor: find the calls that last too long."""
+        for hand in list(self.hands):
+            try:
+                since = hand.table[-1]
+            except IndexError:
+                since = hand.since
+            if since and now - since > self.settings.worker_timeout and since != hand.hung:
+                hand.hung = since
+                self.count["hung"] += 1
+                self.on_hung(hand, now - since)
 
     # -- the monitor --
 
@@ -2863,7 +2884,7 @@ class Loop:
             while self.waiting and not me.holds:
                 self.take_job(me)
             with self.lock:
-                if self.waiting:  # who queues a job looks for spares under the lock, afterwards
+                if self.waiting or self.over:  # who queues looks for spares here, afterwards
                     continue
                 me.since = 0.0
                 self.spares.append(me)
@@ -3024,7 +3045,7 @@ class Loop:
 
     def rearm(self, c: Connection) -> None:
         with self.lock:
-            if self.ready.get(c.fd) is c and c.mask != c.want:
+            if self.ready.get(c.fd) is c and c.mask != c.want and not self.over:
                 c.mask = c.want
                 self.poller.modify(c.fd, c.want)
                 self.count["rearms"] += 1
@@ -3078,7 +3099,7 @@ class Loop:
             if len(self.connections) >= self.settings.max_connections:
                 self.pause(3600.0)
                 return False
-            if self.is_crowded():
+            if not self.draining and self.is_crowded():
                 self.pause(MONITOR_SECONDS)
                 return False
             try:
@@ -3155,8 +3176,10 @@ class Loop:
         for fd, listener in list(self.listeners.items()):
             while self.accept(listener):
                 pass
-            if not self.paused:
-                self.poller.unregister(fd)
+            try:
+                self.poller.unregister(fd)  # explicitly: other processes keep it open
+            except OSError:  # it was paused
+                pass
             del self.listeners[fd]
             listener.sock.close()
         for c in list(self.ready.values()):
@@ -3304,7 +3327,7 @@ class Exchange:
         if not isinstance(data, bytes):
             raise TypeError(f"write() takes bytes, not {type(data).__name__}")
         if not self.worker.send_now(self, self.worker.frame(self, data)):
-            raise ConnectionError("the client is gone")
+            raise ClientGone("while the answer was sent")
 
     def describe(self) -> str:
         return f"{self.environ['REQUEST_METHOD']} {printable(self.environ['REQUEST_URI'])}"
@@ -3318,6 +3341,8 @@ class StreamInput(io.RawIOBase):
         self.decoder = decoder
         self.buf = buf
         self.expects = expects   # 100 Continue is due at the first read
+        self.received = len(buf)
+        self.started = monotonic()
         self.piece = b""
         self.ended = False
 
@@ -3359,7 +3384,10 @@ class StreamInput(io.RawIOBase):
         finally:
             c.sock.setblocking(False)
         if not data:
-            raise ConnectionError("the client is gone")
+            raise ClientGone("while its body was read")
+        self.received += len(data)
+        if self.received < MIN_BODY_RATE * (monotonic() - self.started - settings.body_timeout):
+            raise RequestTimeout(f"body: under {MIN_BODY_RATE} bytes/s (body_timeout)")
         self.buf += data
 
 
@@ -3382,6 +3410,10 @@ class Worker(Loop):
         self.gzip_min = settings.gzip_min if settings.gzip else sys.maxsize
         if not settings.max_connections:
             settings.max_connections = free_descriptors()
+        if settings.max_body > settings.spool_threshold and not has_temporary_files():
+            settings.max_body = settings.spool_threshold
+            log.warning("there is no place for temporary files: max_body is %s bytes",
+                        settings.max_body)
         for sock in sockets:
             self.listen(Listener(sock, self.template(sock)))
 
@@ -3391,7 +3423,7 @@ class Worker(Loop):
         host, port = (name[0], str(name[1])) if isinstance(name, tuple) else ("localhost", "80")
         if isinstance(name, tuple):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Linux: inherited
-        environ: Dict[str, Any] = dict.fromkeys((  # set for each request; FAST: a dict that need not grow, 1 us
+        environ: Dict[str, Any] = dict.fromkeys((  # FAST: what each request sets; it need not grow
             "REQUEST_METHOD", "REQUEST_URI", "RAW_URI", "PATH_INFO", "QUERY_STRING",
             "SERVER_PROTOCOL", "REMOTE_ADDR", "REMOTE_PORT", "minibottle.route"), "")
         environ.update({
@@ -3748,14 +3780,15 @@ class Worker(Loop):
         if n == len(data):
             return self.finish(x, now, me)
         x.out = memoryview(data)[n:]
-        self.await_write(x, now)
+        self.await_write(x, now, n)
 
-    def await_write(self, x: Exchange, now: float) -> None:
+    def await_write(self, x: Exchange, now: float, sent: int) -> None:
         c = x.connection
+        if sent or c.phase != WRITE:
+            c.deadline = now + self.settings.write_timeout
         c.exchange = x
         c.phase = WRITE
         c.want = OUT
-        c.deadline = now + self.settings.write_timeout
         self.give(c)
 
     def send_rest(self, x: Exchange, me: Hand) -> None:
@@ -3772,6 +3805,8 @@ class Worker(Loop):
             x.file.close()
         if self.logs:
             self.log_access(x)
+            if not me.holds:
+                self.waker.wake()
         c.exchange = None
         if x.ending is CLOSE:
             return self.farewell(c, me)
@@ -3873,8 +3908,22 @@ class Worker(Loop):
             if budget < 0:
                 x.plan.slow = 2 * SLOW_MEMORY
                 self.leave(me)
+            if not me.holds and x.chunked and self.has_left(x):
+                return self.abort(x, me)
             piece = None
         self.end_of_body(x, me)
+
+    def has_left(self, x: Exchange) -> bool:
+        """Has the reader of an event stream closed its side? Others may do so and still listen."""
+        types = [value for name, value in x.headers if name.lower() == "content-type"]
+        if not types or not types[0].startswith("text/event-stream"):
+            return False
+        try:
+            return not x.connection.sock.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
 
     def end_of_body(self, x: Exchange, me: Hand) -> None:
         if not x.head_sent and x.length is None:
@@ -3955,6 +4004,7 @@ class Worker(Loop):
             if x.out:
                 n = c.sock.send(x.out)
                 x.out = memoryview(x.out)[n:]
+                budget -= n
             while not x.out and x.left and budget > 0:
                 n = self.user(me, os.sendfile, c.fd, x.result.file.fileno(), x.offset,
                               min(x.left, TURN_BYTES))
@@ -3970,7 +4020,7 @@ class Worker(Loop):
         except OSError:
             return self.abort(x, me)
         if x.out or x.left:
-            return self.await_write(x, monotonic())
+            return self.await_write(x, monotonic(), TURN_BYTES - budget)
         self.close_result(x, me)
         self.finish(x, monotonic(), me)
 
@@ -3979,13 +4029,17 @@ class Worker(Loop):
     def on_error(self, x: Exchange, error: BaseException, me: Hand) -> None:
         """The application raised. Before the head an error page, after it a reset."""
         self.rejoin(me)
-        if not (isinstance(error, ConnectionError) and x.head_sent):
+        status, body = "500 Internal Server Error", b"500 Internal Server Error\n"
+        if isinstance(error, BadRequest):  # the body was read as it came
+            note_refusal("%s: %s %s", x.describe(), error.status, printable(error))
+            status, body = format_error(error)
+        elif not isinstance(error, ClientGone):
             log.error("%s: unhandled exception", x.describe(), exc_info=error)
         if x.head_sent:
             return self.abort(x, me)
         self.close_result(x, me)
         x.unread = x.unread or x.stream is not None
-        self.answer(x, me, "500 Internal Server Error", b"500 Internal Server Error\n")
+        self.answer(x, me, status, body)
 
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
@@ -4044,6 +4098,15 @@ class Worker(Loop):
         c.exchange = None
         self.farewell(c, me)
 
+    def on_hung(self, hand: Hand, seconds: float) -> None:
+        """Say which request it is, and where its code stands."""
+        import traceback
+        x = hand.exchange
+        frame = sys._current_frames().get(hand.thread.ident)
+        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        log.error("worker timeout on %s: %.0f s in one call (worker_timeout)\n%s",
+                  x.describe() if x else "?", seconds, stack)
+
     # -- the access log --
 
     def log_access(self, x: Exchange) -> None:
@@ -4077,6 +4140,15 @@ def end_of_head(environ: Dict[str, Any]) -> bytes:
     if environ["SERVER_PROTOCOL"] == "HTTP/1.1":
         return KEEP
     return KEEP_OLD if "keep-alive" in options else CLOSE
+
+
+def has_temporary_files() -> bool:
+    import tempfile
+    try:
+        tempfile.TemporaryFile().close()
+    except OSError:
+        return False
+    return True
 
 
 def free_descriptors() -> int:
@@ -4204,6 +4276,13 @@ class Served(Worker):
         super().on_heartbeat(now)
         self.board.write(self.slot, len(self.connections))
 
+    def on_hung(self, hand: Hand, seconds: float) -> None:
+        """The master starts another worker; this one ends what else it has begun."""
+        super().on_hung(hand, seconds)
+        if not self.draining:
+            send_message(self.link, {"retiring": os.getpid()})
+            self.drain()
+
     def is_crowded(self) -> bool:
         """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
         if self.board.slots == 1:
@@ -4300,6 +4379,7 @@ class Process:
         self.link = link
         self.began = monotonic()
         self.ready = False
+        self.retiring = False  # it ends by itself, and another takes its place
         self.killed_at = 0.0  # when it was told to end for want of a heartbeat
 
 
@@ -4375,9 +4455,11 @@ class Master:
 
     def keep_up(self) -> None:
         """Fork what is missing."""
-        while len(self.workers) < self.wanted and not self.stopping and \
-                monotonic() >= self.fork_at:
+        while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
             self.fork()
+
+    def missing(self) -> int:
+        return self.wanted - sum(not process.retiring for process in self.workers.values())
 
     def fork(self) -> None:
         used = {process.slot for process in self.workers.values()}
@@ -4424,7 +4506,7 @@ class Master:
             timeout = min(timeout, max(0.5, self.settings.worker_timeout / 4))
         if self.stopping or any(p.killed_at for p in self.workers.values()):
             timeout = 0.1
-        if len(self.workers) < self.wanted:
+        if self.missing() > 0:
             timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
         poll = select.poll()
         poll.register(self.bell.fd, select.POLLIN)
@@ -4443,6 +4525,9 @@ class Master:
             message, _ = receive_message(process.link)
         except (EOFError, OSError, ValueError):
             process.link.close()
+            return
+        if "retiring" in message:
+            process.retiring = True
             return
         if "ready" in message:
             process.ready = True
@@ -4499,7 +4584,7 @@ class Master:
 
     def on_end(self, process: Process, wait_status: int) -> None:
         """A worker has ended. One that could not start stops us, unless another has served."""
-        if self.stopping:
+        if self.stopping or process.retiring:
             return
         if os.WIFSIGNALED(wait_status):
             cause = f"was ended by signal {os.WTERMSIG(wait_status)}"
