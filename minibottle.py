@@ -217,9 +217,9 @@ def parse_setting(name: str, value: Any) -> object:
     """("grace", "5") -> 5.0, by the type of its default."""
     default: Any = SETTING_DEFAULTS.get(name)
     if isinstance(default, tuple):
-        values = (value,) if isinstance(value, str) else tuple(value)
-        if values and all(isinstance(v, str) for v in values):
-            return values
+        values = (value,) if isinstance(value, str) else value
+        if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
+            return tuple(values)
     elif isinstance(default, bool):
         if isinstance(value, bool):
             return value
@@ -326,10 +326,9 @@ CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # what no field value and no 
 
 def check_field_name(name: object) -> str:
     """A header name -> the same in Title-Case, "_" as "-". Raises ValueError."""
-    text = str(name).replace("_", "-").title()
-    if not TOKEN.fullmatch(text):
+    if not isinstance(name, str) or not TOKEN.fullmatch(name):
         raise ValueError(f"bad header name {name!r}")
-    return text
+    return name.replace("_", "-").title()
 
 
 def check_field_value(value: object) -> str:
@@ -338,6 +337,7 @@ def check_field_value(value: object) -> str:
         "" if value is None else value.decode("utf-8") if isinstance(value, bytes) else str(value))
     if CONTROL.search(text):
         raise ValueError(f"control character in header value {text!r}")
+    text.encode("utf-8")  # UnicodeEncodeError is a ValueError
     return text
 
 
@@ -442,6 +442,9 @@ class HeaderDict(MultiDict):
     def get(self, key, default=None, index=-1):
         return MultiDict.get(self, check_field_name(key), default, index)
 
+    getone = get
+    getlist = getall
+
     def filter(self, names: Iterable[str]) -> None:
         """Remove these."""
         for name in names:
@@ -494,7 +497,7 @@ REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,20}) ([!-~\x80-\xff]+
 HOST = re.compile(r"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])?(?::[0-9]{0,5})?")
 ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?", re.IGNORECASE)
 LENGTH = re.compile(r"[0-9]{1,19}")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]{0,230})?\r\n")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 STATUS = re.compile(r"[2-9][0-9][0-9] [\t\x20-\x7e\x80-\xff]*")
 
@@ -579,7 +582,7 @@ def parse_other_target(environ: Dict[str, Any], target: str) -> None:
     if not match:
         raise BadRequest(f"bad request target {target[:80]!a}")
     authority, path, query = match.groups()
-    if not HOST.fullmatch(authority):
+    if not HOST.fullmatch(authority) or authority[0] == ":":
         raise BadRequest(f"bad host {authority[:80]!a}")
     environ["HTTP_HOST"] = authority  # RFC 9112 3.2.2: it beats the Host header
     environ["PATH_INFO"] = unquote_to_bytes(path or "/").decode("latin-1")
@@ -856,27 +859,27 @@ def parse_cookies(header: str) -> List[Tuple[str, str]]:
         if not equals or not name:
             continue
         if len(value) > 1 and value[0] == value[-1] == '"':
-            value = COOKIE_ESCAPE.sub(unescape_cookie, value[1:-1])
+            value = COOKIE_ESCAPE.sub(unescape_cookie, value[1:-1].encode("utf-8")).decode(
+                "utf-8", "replace")
         pairs.append((name, value))
     return pairs
 
 
-COOKIE_ESCAPE = re.compile(r"\\(?:([0-3][0-7][0-7])|(.))")  # as http.cookies writes what it quotes
+COOKIE_ESCAPE = re.compile(rb"\\(?:([0-3][0-7][0-7])|(.))")  # as http.cookies quotes
 
 
-def unescape_cookie(match: Match) -> str:
-    return chr(int(match[1], 8)) if match[1] else match[2]
+def unescape_cookie(match: Match) -> bytes:
+    return bytes((int(match[1], 8),)) if match[1] else match[2]
 
 
 def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
     """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
-    value, _, rest = header.partition(";")
-    options = {name.lower(): quoted if quoted else plain
-               for name, quoted, plain in OPTION.findall(rest)}
-    return value.strip(" \t").lower(), options
+    options = {name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
+               for name, quoted, plain in OPTION.findall(header)}
+    return header.partition(";")[0].strip(" \t").lower(), options
 
 
-OPTION = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"([^\"]*)\"|([^\s;\"]*))")
+OPTION = re.compile(r";[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"((?:[^\"\\]|\\.)*)\"|([^;\"]*))")
 
 
 # === 6. Request and Response ==================================================
@@ -935,6 +938,8 @@ class Request:
     def __setattr__(self, name: str, value: object) -> None:
         if name == "environ":
             object.__setattr__(self, name, value)
+        elif hasattr(type(self), name):
+            raise AttributeError(f"request.{name} is read from the environ, and cannot be set")
         elif "bottle.request.ext." + name in self.environ:
             raise AttributeError(f"attribute {name} is set already; `del request.{name}` first")
         else:
@@ -1084,7 +1089,7 @@ class Request:
             if size > limits.max_body:
                 raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
             copy = spool(copy, piece, limits.spool_threshold)
-        self.environ["wsgi.input"] = copy
+        self.environ["wsgi.input"] = self.environ["minibottle.copy"] = copy
         return copy
 
     def _read_body(self, limit: int) -> bytes:
@@ -1256,9 +1261,9 @@ class Response:
         if isinstance(status, int):
             code, line = status, _HTTP_STATUS_LINES.get(status) or f"{status} Unknown"
         else:
-            line = status.strip()
-            code = int(line[:3]) if re.match("[0-9]{3} ", status) else 0
-        if not 100 <= code <= 999 or CONTROL.search(line) or not line.isascii():
+            line = status.strip(" ")
+            code = int(line[:3]) if STATUS_LINE.fullmatch(line) else 0
+        if not 100 <= code <= 999:
             raise ValueError(f"bad status {status!r}: a number from 100 to 999, or '404 Reason'")
         self._status_code = code
         self._status_line = line
@@ -1362,7 +1367,7 @@ class Response:
         """
         if other.status_code >= 400 and isinstance(other, HTTPError):
             for name in list(self._headers):
-                if name.startswith("Content-") or name in ("Etag", "Last-Modified"):
+                if name in OF_THE_BODY:
                     del self._headers[name]
         self.status = other.status_line
         for name, values in other._headers.dict.items():
@@ -1370,6 +1375,11 @@ class Response:
         self._cookies.update(other._cookies)
 
 
+OF_THE_BODY = frozenset((
+    "Content-Type", "Content-Length", "Content-Encoding", "Content-Language", "Content-Location",
+    "Content-Range", "Content-Disposition", "Content-Md5", "Digest", "Etag", "Last-Modified",
+    "Accept-Ranges"))
+STATUS_LINE = re.compile(r"[1-9][0-9][0-9] [ -~]+")
 COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*")  # RFC 6265 4.1.1, without quotes
 COOKIE_ATTRIBUTE = re.compile(r"[ -:<-~]*")
 COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "Expires",
@@ -1387,12 +1397,16 @@ def format_cookie(name: str, value: str, options: Dict[str, object]) -> str:
         raise TypeError(f"the value of cookie {name} must be str, not {type(value).__name__}")
     if len(name) + len(value) > MAX_COOKIE_CHARS:
         raise ValueError(f"cookie {name} is over {MAX_COOKIE_CHARS} characters")
+    if CONTROL.search(value):
+        raise ValueError(f"control character in cookie {name}: {value!r}")
     parts = [f"{name}={value if COOKIE_VALUE.fullmatch(value) else quote_cookie(value)}"]
+    seen: Set[str] = set()
     for key, setting in options.items():
         key = key.lower().replace("-", "_")
         key = COOKIE_ALIASES.get(key, key)
-        if key not in COOKIE_OPTIONS:
-            raise ValueError(f"unknown cookie option {key!r}")
+        if key not in COOKIE_OPTIONS or key in seen:
+            raise ValueError(f"unknown or repeated cookie option {key!r}")
+        seen.add(key)
         if key in ("secure", "httponly", "partitioned"):
             if setting:
                 parts.append(COOKIE_OPTIONS[key])
@@ -1406,7 +1420,10 @@ def format_cookie(name: str, value: str, options: Dict[str, object]) -> str:
 
 def format_cookie_option(key: str, value: Any) -> str:
     if key == "max_age":
-        value = int(value.total_seconds() if hasattr(value, "total_seconds") else value)
+        seconds = float(value.total_seconds() if hasattr(value, "total_seconds") else value)
+        if not abs(seconds) < 1 << 40:
+            raise ValueError(f"bad cookie max_age {value!r}")
+        value = int(seconds)
     elif key == "expires":
         value = http_date(value)
     elif key == "samesite":
@@ -1529,6 +1546,10 @@ class ClosingIterator:
         return self.step()
 
 
+def do_nothing() -> None:
+    """The close() of what has none."""
+
+
 COMPRESSIBLE = re.compile(
     r"text/|application/(?:json|javascript|x-javascript|xml|wasm|manifest\+json)\b"
     r"|[a-z]+/[a-z0-9.-]+\+(?:json|xml)\b|image/(?:svg\+xml|bmp|x-icon)|font/(?:ttf|otf)",
@@ -1557,7 +1578,10 @@ def negotiate_gzip(environ: Dict[str, Any], status: str, headers: List[Tuple[str
     environ["minibottle.gzip"] is False (README: BREACH). A strong ETag becomes weak, since the
     bytes differ (RFC 9110 8.8.1); Vary is on both variants (RFC 9110 12.5.5).
     """
-    found = {name.lower(): value for name, value in headers}
+    found: Dict[str, str] = {}
+    for name, value in headers:
+        name = name.lower()
+        found[name] = f"{found[name]}, {value}" if name in found else value
     if length is None and "content-length" in found:
         length = int(found["content-length"])
     if (status[:3] in ("204", "206", "304") or environ.get("minibottle.gzip") is False
@@ -1608,24 +1632,32 @@ class GzipMiddleware:
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         held: list = []
+        started: List[Callable] = []
         written: List[bytes] = []
 
         def hold(status: str, headers: list, exc_info: object = None) -> Callable:
+            if started:  # the head is out: the server will raise
+                return started[0](status, headers, exc_info)
             held[:] = [status, headers, exc_info]
             return written.append
 
         result = self.app(environ, hold)
-        close = getattr(result, "close", lambda: None)
-        pieces: Iterator[bytes] = chain(written, result)
-        first = [] if held else [next(pieces, b"")]  # a generator may start when first pulled
-        if not held:
-            raise RuntimeError("the application did not call start_response")
-        length = len(result[0]) if type(result) is list and len(result) == 1 and not written \
-            else None
-        status, headers, exc_info = held
-        headers, compress = negotiate_gzip(environ, status, list(headers), length, self.minimum)
-        start_response(status, headers, *[exc_info] if exc_info else [])
-        pieces = chain(first, pieces)
+        close = getattr(result, "close", do_nothing)
+        try:
+            pieces: Iterator[bytes] = chain(written, result)
+            if not held:  # a generator may start when it is first pulled
+                pieces = chain([next(pieces, b"")], pieces)
+            if not held:
+                raise RuntimeError("the application did not call start_response")
+            status, headers, exc_info = held
+            length = len(result[0]) if type(result) is list and len(result) == 1 and not written \
+                else None
+            headers, compress = negotiate_gzip(environ, status, list(headers), length, self.minimum)
+            start_response(status, headers, *[exc_info] if exc_info else [])
+        except BaseException:
+            close()
+            raise
+        started.append(start_response)
         if compress and environ["REQUEST_METHOD"] != "HEAD":
             pieces = iter_gzip(pieces, self.level)
         return ClosingIterator(pieces.__next__, close)
@@ -1920,7 +1952,7 @@ class Route:
         self.plan = Plan(stream=stream, max_body=max_body)
         if is_handler(callback):
             self.call: Callable = partial(run_handler, callback)
-            self.wants_request = True
+            self.wants_request = False
         else:
             self.call = callback
             wildcards = [part[0] for part in app.router.parse(rule) if type(part) is not str]
@@ -2010,37 +2042,39 @@ def is_handler(callback: Any) -> bool:
     return isinstance(callback, type) and issubclass(callback, Handler)
 
 
-def run_handler(cls: Any, /, request: Request, **args: object) -> object:
+def run_handler(cls: Any, /, **args: object) -> object:
     """One request through a Handler class."""
     handler = cls()
-    handler.request = request
-    handler.response = response_of(request.environ)
-    method = request.method
-    verb = cls.verbs.get(method) or cls.verbs["GET"]  # HEAD, where there is only GET
+    handler.request = own = Request(CURRENT.get())
+    handler.response = response_of(own.environ)
+    verb = cls.verbs.get(own.method) or cls.verbs["GET"]  # HEAD, where there is only GET
     try:
         out = handler.prepare()
         if out is None:
             out = verb(handler, **args)
-        if out is None and "written" in handler.__dict__:
-            out = b"".join(handler.written)
-        return out
+        if isinstance(out, HTTPError):
+            return handler_error(handler, out)
+        return begin(out) if hasattr(out, "__next__") else handler_body(handler, out)
     except HTTPError as error:
         return handler_error(handler, error)
     except HTTPResponse:
         raise
     except Exception as error:
-        return handler_error(handler, request.app.failure(error, request.environ))
+        return handler_error(handler, own.app.failure(error, own.environ))
     finally:
         handler.on_finish()
 
 
+def handler_body(handler: Handler, out: Any) -> Any:
+    """What a verb returned, or else has written."""
+    return b"".join(handler.__dict__.get("written", ())) if out is None else out
+
+
 def handler_error(handler: Handler, error: HTTPError) -> object:
     """The answer of `on_error`, under the status and the headers of the error."""
-    body = handler.on_error(error)
-    if isinstance(body, Response):
-        raise body if isinstance(body, HTTPResponse) else TypeError("on_error returned a Response")
     handler.response.merge(error)
-    return body
+    handler.__dict__.pop("written", None)
+    return handler_body(handler, handler.on_error(error))
 
 
 class App:
@@ -2160,7 +2194,7 @@ class App:
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
         """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
         method = environ["REQUEST_METHOD"]
-        info = environ["PATH_INFO"]
+        info = environ.get("PATH_INFO", "")
         known = self._static.get(method)
         found = known and known.get(info)  # FAST: a memo of static routes, 3 times as fast
         if found:
@@ -2180,7 +2214,7 @@ class App:
     def _find(self, environ: Dict[str, Any]) -> tuple:
         """(self, method, PATH_INFO, route, arguments). Raises HTTPResponse, BadRequest."""
         found = environ.get("minibottle.route")
-        if (not found or found[0] is not self or found[2] != environ["PATH_INFO"]
+        if (not found or found[0] is not self or found[2] != environ.get("PATH_INFO", "")
                 or found[1] != environ["REQUEST_METHOD"]):  # changed since the plan, or no plan
             if "minibottle.refused" in environ:
                 raise environ["minibottle.refused"]
@@ -2269,7 +2303,7 @@ class App:
             if environ.get("minibottle.response") is None:
                 return out.encode("utf-8")
         if isinstance(out, HTTPError):
-            out = self._error_page(out)
+            return self._cast_error(out)
         if isinstance(out, str):
             return out.encode(response.charset)
         if isinstance(out, (bytes, bytearray, memoryview)):
@@ -2279,7 +2313,7 @@ class App:
             response.content_type = "application/json"
             return json_dumps(out).encode("utf-8")
         if out is None or isinstance(out, (list, tuple)):
-            return b"".join([encode_piece(piece) for piece in out or ()])
+            return b"".join([encode_piece(piece, response.charset) for piece in out or ()])
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
@@ -2287,55 +2321,41 @@ class App:
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
-    def _error_page(self, error: HTTPError) -> object:
-        """The body for an HTTPError. A handler that fails costs its page, and no more."""
+    def _cast_error(self, error: HTTPError) -> Any:
+        """The page for an HTTPError. A handler that fails costs its page, and no more."""
         handler = self.error_handler.get(error.status_code, self.default_error_handler)
         try:
             out = handler(error)
-            if isinstance(out, Response) and out is not error:
+            if out is error:
+                raise RuntimeError("it returned what it was given")
+            if isinstance(out, Response):
                 out = self._apply(out, request.environ)
-            if not isinstance(out, HTTPError):
-                return out
-            if out is not error:
-                return out.body if isinstance(out.body, (str, bytes)) else str(out.body)
+            if isinstance(out, HTTPError):  # another error: its own text, or its default page
+                out = self.default_error_handler(out) if out.body is None else out.body
+            return self._cast(out)
         except Exception as failure:
-            self._log_error_handler(error, failure)
+            log.error("the error handler for %s failed", error.status_line, exc_info=failure)
         response.status = 500
         response.content_type = "text/plain; charset=UTF-8"
-        return "500 Internal Server Error: the error handler failed\n"
-
-    def _log_error_handler(self, error: HTTPError, failure: Exception) -> None:
-        log.error("the error handler for %s failed", error.status_line, exc_info=failure)
+        return b"500 Internal Server Error: the error handler failed\n"
 
     def _cast_iterator(self, out: Iterable) -> Any:
-        """An iterator whose every step sees this request; it is begun, so that the code before its
-        first yield may still set status and headers."""
-        context = copy_context()
-        close: Callable = partial(context.run, getattr(out, "close", NOTHING_TO_CLOSE))
-        pieces = iter(out)
+        """An iterator is begun, so that the code before its first yield may set the head."""
         try:
-            first: object = b""
-            while not first:
-                first = next(pieces, None)
-                if first is None:
-                    break
+            pieces = begin(out)
         except HTTPResponse as answer:
-            first = answer
-        except Exception:
-            close()
+            return self._cast(self._apply(answer, request.environ))
+        try:
+            first = next(pieces, b"")
+            if isinstance(first, Response):
+                pieces.close()
+                return self._cast(self._apply(first, request.environ))
+            encoding = response.charset
+            steps = chain((encode_piece(first, encoding),), pieces)
+        except BaseException:
+            pieces.close()
             raise
-        if isinstance(first, Response):
-            close()
-            return self._cast(self._apply(first, request.environ))
-        if first is None:
-            close()
-            return b""
-        if not isinstance(first, (str, bytes)):
-            close()
-            raise TypeError(f"an iterator must give str or bytes, not {type(first).__name__}")
-        encoding = response.charset
-        steps = chain((first,), pieces)
-        return ClosingIterator(partial(context.run, next_piece, steps, encoding), close)
+        return ClosingIterator(partial(next_piece, steps, encoding), pieces.close)
 
     def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
@@ -2351,14 +2371,20 @@ class App:
             else:
                 status, headers = answer.status_line, answer.headerlist
                 has_body = answer.status_code not in BODILESS
+            if "minibottle.copy" in environ:
+                out = closing_too(out, environ["minibottle.copy"])
             if type(out) is bytes:
                 if has_body and (answer is None or "Content-Length" not in answer._headers.dict):
                     headers.append(("Content-Length", str(len(out))))
                 out = [out]
-            start_response(status, headers)
+            try:
+                start_response(status, headers)
+            except BaseException:
+                getattr(out, "close", do_nothing)()
+                raise
             if has_body and environ["REQUEST_METHOD"] != "HEAD":
                 return out
-            getattr(out, "close", NOTHING_TO_CLOSE)()
+            getattr(out, "close", do_nothing)()
             return []
         finally:
             CURRENT.reset(token)
@@ -2372,10 +2398,6 @@ ERROR_PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title></head>
 <body><h1>{title}</h1><p>{text}</p></body></html>
 """
-
-
-def NOTHING_TO_CLOSE() -> None:
-    pass
 
 
 def listed(value: object) -> list:
@@ -2405,17 +2427,50 @@ def run_hooks(hooks: List[Callable]) -> Optional[Response]:
     return None
 
 
-def encode_piece(piece: object) -> bytes:
+def begin(out: Iterable) -> ClosingIterator:
+    """Pull up to the first piece that is not empty. Every step runs in one context, a copy of the
+    request's."""
+    context = copy_context()
+    close = partial(context.run, getattr(out, "close", do_nothing))
+    pieces = context.run(iter, out)
+    first: Any = b""
+    try:
+        while not first and not isinstance(first, Response):
+            first = context.run(next, pieces)
+    except StopIteration:
+        first = b""
+    except BaseException:
+        close()
+        raise
+    rest = iter(partial(context.run, next, pieces, END), END)
+    return ClosingIterator(chain((first,), rest).__next__, close)
+
+
+END: Any = object()
+
+
+def closing_too(out: Any, file: Any) -> Any:
+    """A body that closes `file` at its end; at once, if it is bytes."""
+    if type(out) is bytes:
+        file.close()
+        return out
+
+    def close() -> None:
+        getattr(out, "close", do_nothing)()
+        file.close()
+    return ClosingIterator(iter(out).__next__, close)
+
+
+def encode_piece(piece: object, encoding: str) -> bytes:
     if isinstance(piece, str):
-        return piece.encode("utf-8")
+        return piece.encode(encoding)
     if isinstance(piece, bytes):
         return piece
     raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
 
 
 def next_piece(pieces: Iterator, encoding: str) -> bytes:
-    piece = next(pieces)
-    return piece.encode(encoding) if isinstance(piece, str) else piece
+    return encode_piece(next(pieces), encoding)
 
 
 def printable(text: object) -> str:
