@@ -83,6 +83,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -205,6 +206,10 @@ class Settings:
     def __init__(self, **given: object) -> None:
         for name, default, _ in SETTINGS:
             setattr(self, name, parse_setting(name, given.pop(name, default)))
+        if not 1 <= self.gzip_level <= 9:
+            raise UsageError(f"setting gzip_level: {self.gzip_level} is not 1 to 9")
+        if not self.max_threads:
+            raise UsageError("setting max_threads: 0 threads can serve nobody")
         if given:
             names = ", ".join(name for name, _, _ in SETTINGS)
             raise UsageError(f"unknown setting {', '.join(sorted(given))}; there are {names}")
@@ -439,8 +444,8 @@ class HeaderDict(MultiDict):
     def getall(self, key: str) -> list:
         return self.dict.get(check_field_name(key)) or []
 
-    def get(self, key, default=None, index=-1):
-        return MultiDict.get(self, check_field_name(key), default, index)
+    def get(self, key, default=None, index=-1, type=None):
+        return MultiDict.get(self, check_field_name(key), default, index, type)
 
     getone = get
     getlist = getall
@@ -567,8 +572,8 @@ def parse_request_line(line: str) -> Dict[str, Any]:
     parts = {"REQUEST_METHOD": method, "REQUEST_URI": target, "RAW_URI": target,
              "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
              "QUERY_STRING": query, "SERVER_PROTOCOL": protocol}
-    if "#" in target:
-        raise BadRequest(f"fragment in request target {target[:80]!a}")
+    if "#" in target or "\0" in parts["PATH_INFO"]:
+        raise BadRequest(f"fragment or NUL in request target {target[:80]!a}")
     if len(line) < MAX_MEMO_CHARS:
         remember(request_lines, line, parts)
     return parts
@@ -2431,7 +2436,7 @@ def begin(out: Iterable) -> ClosingIterator:
     """Pull up to the first piece that is not empty. Every step runs in one context, a copy of the
     request's."""
     context = copy_context()
-    close = partial(context.run, getattr(out, "close", do_nothing))
+    close: Callable = partial(context.run, getattr(out, "close", do_nothing))
     pieces = context.run(iter, out)
     first: Any = b""
     try:
@@ -2475,11 +2480,11 @@ def next_piece(pieces: Iterator, encoding: str) -> bytes:
 
 def printable(text: object) -> str:
     """For a log line: control characters and what is not ASCII escaped."""
-    return str(text).encode("ascii", "backslashreplace").decode("ascii").translate(ESCAPES)
+    return str(text).translate(ESCAPES).encode("ascii", "backslashreplace").decode("ascii")
 
 
 ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
-ESCAPES[ord('"')] = '\\"'
+ESCAPES.update({ord('"'): '\\"', ord("\\"): "\\\\"})
 
 
 # === 10. Test client ==========================================================
@@ -2631,8 +2636,10 @@ SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
 PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
+FULL_SECONDS = 3600.0       # at max_connections: until one ends
 ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
 DRAIN_IDLE_SECONDS = 1.0    # a draining worker closes what is idle for so long (RFC 9112 9.3.1)
+SHUT_DOWN_SECONDS = 0.2     # threads that no user code holds end in less
 LINGER_SECONDS = 2.0        # input is read and dropped for so long, so that the answer arrives
 
 monotonic = time.monotonic
@@ -2773,6 +2780,7 @@ class Loop:
         self.asleep: List[int] = []    # not empty: the monitor sleeps
         self.listeners: Dict[int, Listener] = {}
         self.paused = 0.0              # until then the listeners are left; 0.0: they are not
+        self.freed = False             # a connection has ended since: look again
         self.draining = 0.0            # until then what is begun may end; 0.0: not draining
         self.over = False
         self.sweep_at = 0.0
@@ -2860,7 +2868,7 @@ class Loop:
             spares, self.spares = self.spares, []
         for hand in spares:
             hand.wake.release()
-        deadline = monotonic() + 1.0
+        deadline = monotonic() + SHUT_DOWN_SECONDS
         for thread in [hand.thread for hand in self.hands]:
             thread.join(max(0.0, deadline - monotonic()))
         for listener in self.listeners.values():
@@ -3028,36 +3036,40 @@ class Loop:
 
     def run_loop(self, me: Hand) -> None:
         """Poll and serve, until another thread has the loop."""
-        poll, ready, again, count = self.poller.poll, self.ready, self.again, self.count
-        while not self.over:
-            for fd, _ in poll(0 if again else self.poll_timeout(), 256):
-                c = ready.pop(fd, None)
-                if c is None:
-                    self.on_other_event(fd)
-                    continue
-                try:
-                    self.on_event(c, me)
-                except Exception as error:  # ours (no descriptor, no disk): it costs only c
-                    self.guard(c, error, me)
-                if not me.holds:
-                    return
-            count["polls"] += 1
-            for _ in range(len(again)):  # one request of each, then back to the others
-                c = again.popleft()
-                try:
-                    self.advance(c, me)
-                except Exception as error:
-                    self.guard(c, error, me)
-                if not me.holds:
-                    return
-            self.on_turn(me)
+        while me.holds and not self.over:
+            try:
+                self.turn(me)
+            except Exception as error:  # ours, and of no connection: go on, but do not spin
+                log.error("the event loop failed", exc_info=error)
+                time.sleep(MONITOR_SECONDS)
+
+    def turn(self, me: Hand) -> None:
+        """One poll, and what is due. Returns early when another thread has the loop."""
+        ready, again = self.ready, self.again
+        self.count["polls"] += 1
+        for fd, _ in self.poller.poll(0 if again else self.poll_timeout(), 256):
+            c = ready.pop(fd, None)
+            if c is None:
+                self.on_other_event(fd)
+                continue
+            try:
+                self.on_event(c, me)
+            except Exception as error:  # ours (no descriptor, no disk): it costs only c
+                self.guard(c, error, me)
             if not me.holds:
                 return
-            now = monotonic()  # by the clock: under load poll never comes back with nothing
-            if now >= self.sweep_at or self.waiting or self.draining or self.paused:
-                self.sweep(me, now)
-                if not me.holds:
-                    return
+        for _ in range(len(again)):  # one request of each, then back to the others
+            c = again.popleft()
+            try:
+                self.advance(c, me)
+            except Exception as error:
+                self.guard(c, error, me)
+            if not me.holds:
+                return
+        self.on_turn(me)
+        now = monotonic()  # by the clock: under load poll never comes back with nothing
+        if me.holds and (now >= self.sweep_at or self.waiting or self.draining or self.paused):
+            self.sweep(me, now)
 
     def poll_timeout(self) -> float:
         if self.draining or self.paused or self.waiting:
@@ -3138,8 +3150,9 @@ class Loop:
                     pass
         c.sock.close()
         c.exchange = None
-        if self.paused and len(self.connections) < self.settings.max_connections:
-            self.paused = min(self.paused, monotonic() + SWEEP_SECONDS)
+        if self.paused:  # only the loop touches the listeners
+            self.freed = True
+            self.waker.wake()
 
     # -- listeners --
 
@@ -3152,7 +3165,7 @@ class Loop:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
             if len(self.connections) >= self.settings.max_connections:
-                self.pause(3600.0)
+                self.pause(FULL_SECONDS)
                 return False
             if not self.draining and self.is_crowded():
                 self.pause(MONITOR_SECONDS)
@@ -3191,6 +3204,7 @@ class Loop:
             for fd in self.listeners:
                 self.poller.unregister(fd)
         self.paused = monotonic() + seconds
+        self.freed = len(self.connections) < self.settings.max_connections and seconds == FULL_SECONDS
 
     def resume(self) -> None:
         self.paused = 0.0
@@ -3200,7 +3214,7 @@ class Loop:
     # -- deadlines --
 
     def sweep(self, me: Hand, now: float) -> None:
-        if self.paused and now > self.paused:
+        if self.paused and (now > self.paused or self.freed):
             self.resume()
         if self.waiting:
             self.expire_jobs(me, now)
@@ -3604,6 +3618,7 @@ class Worker(Loop):
             if expect and expect != "100-continue":
                 raise ExpectationFailed(f"Expect {expect[:80]!r} is not supported")
         except BadRequest as error:
+            c.exchange = x
             return self.refuse(c, error, me)
         if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
             x.unread = length != 0
@@ -3611,11 +3626,11 @@ class Worker(Loop):
         environ.pop("HTTP_TRANSFER_ENCODING", None)
         expects = bool(expect) and environ["SERVER_PROTOCOL"] == "HTTP/1.1" and length != 0
         limit = self.settings.max_body if plan.max_body is None else plan.max_body
-        if length > limit:
-            return self.refuse_body(x, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
         if plan.early and (expects or not 0 <= length <= SMALL_BODY):
             x.unread = True
             return self.call(x, me)
+        if length > limit:
+            return self.refuse_body(x, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
         if not length:
             return self.call(x, me)
         x.buf = bytearray(c.buf)
@@ -3673,6 +3688,7 @@ class Worker(Loop):
     def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
         """Our application makes its own page of it, with its hooks; for others we do."""
         if not self.routes or not isinstance(error, ContentTooLarge):
+            x.connection.exchange = x
             return self.refuse(x.connection, error, me)
         x.environ["minibottle.refused"] = error
         x.environ["minibottle.route"] = None
@@ -3923,7 +3939,7 @@ class Worker(Loop):
                 first = self.pull(x, me)
                 if x.lines is None:
                     raise RuntimeError("the application did not call start_response")
-        except Exception as error:
+        except BaseException as error:
             return self.on_error(x, error, me)
         if x.head_sent:
             return self.pump(x, first, me)
@@ -4107,7 +4123,8 @@ class Worker(Loop):
         """Answer once, close, and never look at the rest: after an error in the framing nobody
         knows where the next request begins."""
         note_refusal("%s: %s %s", printable(c.addr), error.status, printable(error))
-        x = c.exchange or Exchange(self, c, {"REQUEST_METHOD": "-", "REQUEST_URI": "-",
+        method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
+        x = c.exchange or Exchange(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-",
                                              "SERVER_PROTOCOL": "HTTP/1.1",
                                              "REMOTE_ADDR": c.addr}, CLOSE)
         c.buf = b""
@@ -4359,7 +4376,7 @@ class Alone:
         """Serve in this process until a signal; in a thread that is not the main one, for good."""
         self.served = True
         settings = Settings(**{**options, **self.flags})
-        sockets = [bind(address) for address in settings.bind]
+        sockets = bind_all(settings.bind)
         settings.workers = "0"
         worker = Worker(app, sockets, settings)
         in_main = threading.current_thread() is threading.main_thread()
@@ -4455,7 +4472,7 @@ class Master:
         self.served = False       # some worker has been ready
         self.stopping = 0.0       # until then workers may end by themselves
         self.status = 0
-        self.failures = 0         # workers in a row that did not live a second
+        self.failures = 0         # workers in a row that did not serve for a second
         self.fork_at = 0.0
 
     def run(self) -> int:
@@ -4497,6 +4514,8 @@ class Master:
     def stop(self, number: int) -> None:
         grace = self.settings.grace if self.settings else 0.0
         self.stopping = self.stopping or monotonic() + grace + 1.0
+        for sock in self.sockets:
+            sock.close()
         for process in self.workers.values():
             self.kill(process, number)
 
@@ -4586,7 +4605,6 @@ class Master:
             return
         if "ready" in message:
             process.ready = True
-            self.failures = 0
             if not self.served:
                 self.served = True
                 print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}")
@@ -4597,18 +4615,21 @@ class Master:
             self.status = USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
             print_line(str(error))
             return self.stop(signal.SIGKILL)
-        names = [name for name, _, _ in SETTINGS]
-        send_message(process.link, {"settings": {n: getattr(self.settings, n) for n in names}},
-                     [sock.fileno() for sock in self.sockets])
+        values = {name: getattr(self.settings, name) for name, _, _ in SETTINGS}
+        try:
+            send_message(process.link, {"settings": values},
+                         [sock.fileno() for sock in self.sockets])
+        except OSError:  # it has ended meanwhile
+            pass
 
     def settle(self, options: dict) -> None:
         """The first worker has booted: now the settings are known, and the listeners bound."""
         if self.settings is not None:
             return
         settings = Settings(**{**options, **self.flags})
-        self.sockets = [bind(address) for address in settings.bind]
+        self.sockets = bind_all(settings.bind)
         self.settings = settings
-        self.wanted = count_workers(settings.workers)
+        self.wanted = max(1, count_workers(settings.workers))  # 0 comes too late: here is a master
         self.board.slots = self.wanted if self.wanted == 1 else min(self.wanted * 2, MAX_WORKERS)
 
     def reap(self) -> None:
@@ -4695,7 +4716,7 @@ def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]]) -
         return USAGE_STATUS
     except StartError as error:
         print_line(str(error))
-    except EOFError:  # the master has ended
+    except (EOFError, KeyboardInterrupt):  # the master has ended, or it is told to
         pass
     except SystemExit as error:
         print_line(f"the application ended with SystemExit({error.code!r})")
@@ -4811,7 +4832,7 @@ def bind_unix(path: str) -> socket.socket:
         raise UsageError(f"no unix sockets on this system: unix:{path}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if os.path.exists(path):
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
             try:
                 sock.connect(path)
             except ConnectionRefusedError:
@@ -4828,6 +4849,22 @@ def bind_unix(path: str) -> socket.socket:
         sock.close()
         raise StartError(f"cannot bind to unix:{path}: {error.strerror or error}") from None
     return sock
+
+
+def bind_all(addresses: Iterable[str]) -> List[socket.socket]:
+    """All, or none."""
+    bound: List[str] = []
+    sockets = []
+    try:
+        for address in addresses:
+            sockets.append(bind(address))
+            bound.append(address)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        unlink_sockets(bound)
+        raise
+    return sockets
 
 
 def unlink_sockets(addresses: Iterable[str]) -> None:
@@ -4863,6 +4900,8 @@ class Server:
 
     def stop(self) -> None:
         """From any thread: end what is begun, within `grace`, and free the port."""
+        if self.thread.ident is None:  # it was not started
+            return self.worker.shut_down()
         self.worker.drain()
         self.thread.join(self.worker.settings.grace + 2.0)
 
@@ -4963,23 +5002,28 @@ def load_target(target: str) -> Optional[Callable]:
 
     Raises UsageError for what is not there, saying what is.
     """
-    module_name, _, name = target.partition(":")
+    match = TARGET.fullmatch(target)
+    if not match:
+        raise UsageError(f"bad target {target!r}; it is module:name, such as app:main")
+    module_name, name = match[1], match[2] or "app"
     try:
-        module = import_module(module_name)
+        found: Any = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # something that the module itself wants to import
         raise UsageError(f"no module {module_name!r}; here is {names_here()}") from None
-    except (ValueError, TypeError):
-        raise UsageError(f"bad target {target!r}; it is module:name, such as app:main") from None
-    found: Any = module
-    for part in (name or "app").split("."):
+    where = module_name
+    for part in name.split("."):
         if not hasattr(found, part):
-            there = ", ".join(key for key, value in vars(module).items()
-                              if callable(value) and not key.startswith("_")) or "nothing callable"
-            raise UsageError(f"no {name or 'app'!r} in {module_name!r}; there is {there}")
+            there = ", ".join(key for key, value in vars(found).items()
+                              if callable(value) and not key.startswith("_"))
+            raise UsageError(f"no {part!r} in {where}; there is {there or 'nothing callable'}")
         found = getattr(found, part)
+        where = f"{where}.{part}"
     return as_application(found, target)
+
+
+TARGET = re.compile(r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?")
 
 
 def names_here() -> str:
