@@ -526,7 +526,21 @@ DROPPED = ""                # the environ key under which names with "_" end: th
 Field = Tuple[str, str]
 field_lines: Dict[str, Field] = {}       # a header line, checked -> (environ key, value)
 field_names: Dict[str, str] = {}         # a header name, checked -> its environ key
-request_lines: Dict[str, dict] = {}      # a request line, checked -> its part of the environ
+
+
+class Template(dict):
+    """The part of the environ that all requests to a listener share."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.begun: Dict[str, dict] = {}  # a request line -> the environ with what it says
+
+    def begin(self, line: str) -> Dict[str, Any]:
+        """The environ of a request that has this request line; to be copied."""
+        made = {**self, **parse_request_line(line)}
+        if len(line) < MAX_MEMO_CHARS:
+            remember(self.begun, line, made)
+        return made
 
 
 def remember(memo: dict, key: object, value: object) -> None:
@@ -536,7 +550,7 @@ def remember(memo: dict, key: object, value: object) -> None:
     memo[key] = value
 
 
-def parse_head(text: str, template: dict, max_headers: int = 100) -> Dict[str, Any]:
+def parse_head(text: str, template: Template, max_headers: int = 100) -> Dict[str, Any]:
     """The head of a request without its last CRLF CRLF -> `template` and what the head says.
 
     `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest and its children.
@@ -545,8 +559,7 @@ def parse_head(text: str, template: dict, max_headers: int = 100) -> Dict[str, A
     if len(lines) > max_headers + 1:
         raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
     line = lines.pop(0)
-    environ = template.copy()
-    environ.update(request_lines.get(line) or parse_request_line(line))
+    environ = (template.begun.get(line) or template.begin(line)).copy()
     known = field_lines.get  # FAST: a memo of checked lines, 0.3 of the time of matching each
     for line in lines:
         name, value = known(line) or parse_field_line(line)
@@ -569,13 +582,11 @@ def parse_request_line(line: str) -> Dict[str, Any]:
     if method == "CONNECT":
         raise NotSupported("CONNECT is not supported")
     path, _, query = target.partition("?")
-    parts = {"REQUEST_METHOD": method, "REQUEST_URI": target, "RAW_URI": target,
+    parts = {"REQUEST_METHOD": method, "REQUEST_URI": target,
              "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
              "QUERY_STRING": query, "SERVER_PROTOCOL": protocol}
     if "#" in target or "\0" in parts["PATH_INFO"]:
         raise BadRequest(f"fragment or NUL in request target {target[:80]!a}")
-    if len(line) < MAX_MEMO_CHARS:
-        remember(request_lines, line, parts)
     return parts
 
 
@@ -650,9 +661,7 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
     if end or len(line) > max_request_line:
         if len(line) > max_request_line:
             raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
-        text = line.decode("latin-1")
-        if text not in request_lines:
-            parse_request_line(text)
+        parse_request_line(line.decode("latin-1"))
     elif not (b"A" <= data[:1] <= b"Z" or data[:1] == b"\r"):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
     if len(rest) > max_header_bytes:
@@ -776,6 +785,14 @@ def frame_chunk(piece: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 length_lines: Dict[int, bytes] = {}
+length_fields: Dict[int, Tuple[str, str]] = {}
+
+
+def length_field(size: int) -> Tuple[str, str]:
+    """12 -> ("Content-Length", "12")."""
+    field = "Content-Length", str(size)
+    remember(length_fields, size, field)
+    return field
 
 
 def format_length(size: int) -> bytes:
@@ -1688,6 +1705,7 @@ class RouteBuildError(RouteError):
 # <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
 WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::([A-Za-z_]*)(?::((?:\\.|[^\\>])+))?)?>", re.ASCII)
 GROUP = re.compile(r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))")
+VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
 
 FilterParts = Tuple[str, Optional[Callable], Optional[Callable]]
@@ -1883,7 +1901,7 @@ class Router:
         verb = method.upper()
         order = ("PROXY", verb) + (("GET",) if verb == "HEAD" else ()) + ("ANY",)
         tables = [self.tables[name] for name in order if name in self.tables]
-        if len(self.orders) < 64:
+        if method in VERBS or method in self.tables:  # not what clients make up
             self.orders[method] = tables
         return tables
 
@@ -1993,9 +2011,6 @@ def first_parameter(callback: Callable) -> Optional[str]:
             callback = type(callback).__call__
         else:
             return None
-
-
-VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Handler:
@@ -2193,7 +2208,9 @@ class App:
 
         Runs no code of the application's: filters convert later.
         """
-        found = environ["minibottle.route"] = self._look_up(environ)
+        known = self._static.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
+        found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
+        environ["minibottle.route"] = found
         return found[3].plan if found else EARLY
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
@@ -2213,7 +2230,9 @@ class App:
         route, rule, match = found
         if rule:
             return self, method, info, route, (rule, match)
-        found = self._static.setdefault(method, {})[info] = self, method, info, route, NO_ARGS
+        found = self, method, info, route, NO_ARGS
+        if method in VERBS:
+            self._static.setdefault(method, {})[info] = found
         return found
 
     def _find(self, environ: Dict[str, Any]) -> tuple:
@@ -2380,7 +2399,8 @@ class App:
                 out = closing_too(out, environ["minibottle.copy"])
             if type(out) is bytes:
                 if has_body and (answer is None or "Content-Length" not in answer._headers.dict):
-                    headers.append(("Content-Length", str(len(out))))
+                    size = len(out)
+                    headers.append(length_fields.get(size) or length_field(size))
                 out = [out]
             try:
                 start_response(status, headers)
@@ -2726,7 +2746,7 @@ class Listener:
 
     __slots__ = ("sock", "fd", "template")
 
-    def __init__(self, sock: socket.socket, template: dict) -> None:
+    def __init__(self, sock: socket.socket, template: Template) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.template = template
@@ -2741,7 +2761,7 @@ class Connection:
     __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase", "since",
                  "deadline", "exchange")
 
-    def __init__(self, sock: socket.socket, peer: Any, template: dict, now: float,
+    def __init__(self, sock: socket.socket, peer: Any, template: Template, now: float,
                  deadline: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
@@ -3204,7 +3224,8 @@ class Loop:
             for fd in self.listeners:
                 self.poller.unregister(fd)
         self.paused = monotonic() + seconds
-        self.freed = len(self.connections) < self.settings.max_connections and seconds == FULL_SECONDS
+        self.freed = seconds == FULL_SECONDS and \
+            len(self.connections) < self.settings.max_connections
 
     def resume(self) -> None:
         self.paused = 0.0
@@ -3486,15 +3507,15 @@ class Worker(Loop):
         for sock in sockets:
             self.listen(Listener(sock, self.template(sock)))
 
-    def template(self, sock: socket.socket) -> Dict[str, Any]:
+    def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
         name = sock.getsockname()
         host, port = (name[0], str(name[1])) if isinstance(name, tuple) else ("localhost", "80")
         if isinstance(name, tuple):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # Linux: inherited
-        environ: Dict[str, Any] = dict.fromkeys((  # FAST: what each request sets; it need not grow
-            "REQUEST_METHOD", "REQUEST_URI", "RAW_URI", "PATH_INFO", "QUERY_STRING",
-            "SERVER_PROTOCOL", "REMOTE_ADDR", "REMOTE_PORT", "minibottle.route"), "")
+        environ = Template(dict.fromkeys((  # FAST: what each request sets: no growing
+            "REQUEST_METHOD", "REQUEST_URI", "PATH_INFO", "QUERY_STRING", "SERVER_PROTOCOL",
+            "REMOTE_ADDR", "REMOTE_PORT", "minibottle.route"), ""))
         environ.update({
             "SERVER_NAME": host, "SERVER_PORT": port, "SCRIPT_NAME": "",
             "SERVER_SOFTWARE": "minibottle", "wsgi.version": (1, 0),
