@@ -507,6 +507,7 @@ BARE_LF = re.compile(rb"(?<!\r)\n")
 STATUS = re.compile(r"[2-9][0-9][0-9] [\t\x20-\x7e\x80-\xff]*")
 
 MAX_MEMO = 2000             # lines remembered: header lines repeat from request to request
+MAX_BEGUN = 200             # environs remembered, of 2 KB each
 MAX_MEMO_CHARS = 300        # longer ones do not
 MAX_CHUNK_LINE_BYTES = 256  # a size and extensions, which are dropped
 MAX_TRAILERS = 32
@@ -539,13 +540,13 @@ class Template(dict):
         """The environ of a request that has this request line; to be copied."""
         made = {**self, **parse_request_line(line)}
         if len(line) < MAX_MEMO_CHARS:
-            remember(self.begun, line, made)
+            remember(self.begun, line, made, MAX_BEGUN)
         return made
 
 
-def remember(memo: dict, key: object, value: object) -> None:
+def remember(memo: dict, key: object, value: object, most: int = MAX_MEMO) -> None:
     """Keep it. A full memo begins again, so that nobody can fill it with rubbish for good."""
-    if len(memo) >= MAX_MEMO:
+    if len(memo) >= most:
         memo.clear()
     memo[key] = value
 
@@ -1257,7 +1258,9 @@ class Response:
         self._headers = HeaderDict()
         self._cookies: Dict[str, str] = {}
         self.status = status or self.default_status
-        pairs = headers.items() if hasattr(headers, "items") else headers or ()
+        pairs = headers or ()
+        if hasattr(headers, "items"):
+            pairs = getattr(headers, "allitems", headers.items)()
         for name, value in pairs:
             self._headers.append(name, value)
         for name, value in more_headers.items():
@@ -2027,8 +2030,8 @@ class Handler:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        made = {verb: getattr(cls, verb.lower()) for verb in VERBS if hasattr(cls, verb.lower())}
-        cls.verbs = made
+        methods = {verb: getattr(cls, verb.lower(), None) for verb in VERBS}
+        cls.verbs = {verb: method for verb, method in methods.items() if callable(method)}
 
     def prepare(self) -> object:
         """Before the verb. What it returns, if not None, is the answer instead of the verb's."""
@@ -2284,10 +2287,10 @@ class App:
             try:
                 for hook in self._after:
                     hook()
-            except HTTPResponse as answer:
-                out = self._apply(answer, environ)
             except Exception as error:
-                out = self._apply(self.failure(error, environ), environ)
+                getattr(out, "close", do_nothing)()
+                out = self._apply(error if isinstance(error, HTTPResponse) else
+                                  self.failure(error, environ), environ)
         return out
 
     def _apply(self, out: Response, environ: Dict[str, Any]) -> object:
@@ -2703,6 +2706,7 @@ class Waker:
         self.reader.setblocking(False)
         self.writer.setblocking(False)
         self.fd = self.reader.fileno()
+        self.kept: Optional[int] = None  # whom signals woke before
 
     def wake(self) -> None:
         try:
@@ -2720,7 +2724,13 @@ class Waker:
         self.reader.settimeout(timeout)
         self.drain()
 
+    def on_signals(self) -> None:
+        """Let signals wake it from C: one may come just before a wait. Until it is closed."""
+        self.kept = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+
     def close(self) -> None:
+        if self.kept is not None:
+            signal.set_wakeup_fd(self.kept)
         self.reader.close()
         self.writer.close()
 
@@ -4403,8 +4413,9 @@ class Alone:
         in_main = threading.current_thread() is threading.main_thread()
         kept = {}
         if in_main:
-            for number, action in ((signal.SIGTERM, worker.drain), (signal.SIGINT, worker.drain)):
-                kept[number] = signal.signal(number, second_stops(worker, action))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                kept[number] = signal.signal(number, second_stops(worker))
+            worker.bell.on_signals()
         print_started(sockets, "one process")
         try:
             worker.monitor()
@@ -4414,9 +4425,9 @@ class Alone:
                 signal.signal(number, handler)
 
 
-def second_stops(worker: Worker, action: Callable) -> Callable:
+def second_stops(worker: Worker) -> Callable:
     """A signal handler: drain, and stop at once when it comes again."""
-    return lambda number, frame: worker.stop() if worker.draining else action()
+    return lambda number, frame: worker.stop() if worker.draining else worker.drain()
 
 
 class Child:
@@ -4437,6 +4448,7 @@ class Child:
                         self.link)
         signal.signal(signal.SIGTERM, lambda number, frame: worker.drain())
         signal.signal(signal.SIGQUIT, lambda number, frame: worker.stop())
+        worker.bell.on_signals()
         worker.on_heartbeat(monotonic())
         send_message(self.link, {"ready": os.getpid()})
         worker.monitor()
@@ -4495,12 +4507,13 @@ class Master:
         self.status = 0
         self.failures = 0         # workers in a row that did not serve for a second
         self.fork_at = 0.0
+        self.handled = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD,
+                        signal.SIGHUP)
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        kept = {number: signal.signal(number, self.on_signal)
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD,
-                               signal.SIGHUP)}
+        kept = {number: signal.signal(number, self.on_signal) for number in self.handled}
+        self.bell.on_signals()
         try:
             while self.workers or not self.stopping:
                 self.keep_up()
@@ -4562,10 +4575,12 @@ class Master:
         self.board.clear(slot)
         ours, theirs = socket.socketpair()
         flush_output()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.handled)  # or our handler takes the child's
         pid = os.fork()
         if not pid:
             ours.close()
             self.be_child(theirs, slot)  # does not return
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
         theirs.close()
         self.workers[pid] = Process(pid, slot, ours)
 
@@ -4573,10 +4588,12 @@ class Master:
         """In the new process: become a worker, and end here whatever happens."""
         status = FAILED_STATUS
         try:
-            for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD, signal.SIGHUP):
+            for number in self.handled:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, lambda number, frame: None)  # the master's to obey
             signal.set_wakeup_fd(-1)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
+            self.bell.kept = None
             self.bell.close()
             for process in self.workers.values():
                 process.link.close()
@@ -4601,7 +4618,7 @@ class Master:
             timeout = min(timeout, max(0.5, self.settings.worker_timeout / 4))
         if self.stopping or any(p.killed_at for p in self.workers.values()):
             timeout = 0.1
-        if self.missing() > 0:
+        elif self.missing() > 0:
             timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
         poll = select.poll()
         poll.register(self.bell.fd, select.POLLIN)
