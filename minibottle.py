@@ -92,7 +92,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain
@@ -232,12 +232,9 @@ def parse_setting(name: str, value: Any) -> object:
         if re.fullmatch("auto|[0-9]{1,4}", str(value)):
             return str(value)
     elif isinstance(default, (int, float)) and not isinstance(value, bool):
-        try:
-            number = type(default)(value)
-        except (TypeError, ValueError, OverflowError):
-            number = -1
-        if 0 <= number < 1 << 60:
-            return number
+        if re.fullmatch(r"[0-9]{1,18}" if type(default) is int else r"[0-9]{1,18}(\.[0-9]*)?",
+                        str(value)):
+            return type(default)(value)
     raise UsageError(f"setting {name}: {value!r} does not fit (its default is {default!r})")
 
 
@@ -1366,7 +1363,7 @@ class Response:
     @property
     def charset(self) -> str:
         """Of the content type; "UTF-8" where that names none."""
-        return parse_options(self.content_type)[1].get("charset", "UTF-8")
+        return parse_options(self.content_type)[1].get("charset") or "UTF-8"
 
     # -- cookies --
 
@@ -1607,7 +1604,7 @@ def negotiate_gzip(environ: Dict[str, Any], status: str, headers: List[Tuple[str
     for name, value in headers:
         name = name.lower()
         found[name] = f"{found[name]}, {value}" if name in found else value
-    if length is None and "content-length" in found:
+    if length is None and LENGTH.fullmatch(found.get("content-length", "")):
         length = int(found["content-length"])
     if (status[:3] in ("204", "206", "304") or environ.get("minibottle.gzip") is False
             or length is not None and length < minimum
@@ -1619,7 +1616,7 @@ def negotiate_gzip(environ: Dict[str, Any], status: str, headers: List[Tuple[str
     if "*" not in vary and "accept-encoding" not in vary.lower():
         headers = [pair for pair in headers if pair[0].lower() != "vary"]
         headers.append(("Vary", f"{vary}, Accept-Encoding" if vary else "Accept-Encoding"))
-    if not accepts_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")):
+    if not accepts_gzip(environ.get("HTTP_ACCEPT_ENCODING", "")[:500]):
         return headers, False
     headers = [pair for pair in headers
                if pair[0].lower() not in ("content-length", "accept-ranges", "etag")]
@@ -1706,7 +1703,7 @@ class RouteBuildError(RouteError):
 
 
 # <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
-WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::([A-Za-z_]*)(?::((?:\\.|[^\\>])+))?)?>", re.ASCII)
+WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>", re.ASCII)
 GROUP = re.compile(r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))")
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
@@ -1810,6 +1807,7 @@ class Router:
         self.orders: Dict[str, List[RouteTable]] = {}  # method -> the tables to ask, in this order
         self.builders: Dict[str, list] = {}            # name or rule -> its parts
         self.count = 0
+        self.memo: Dict[str, Dict[str, tuple]] = {}    # method -> PATH_INFO -> what an App found
 
     def add_filter(self, name: str, func: Callable[[Optional[str]], FilterParts]) -> None:
         """`func(config)` returns (regex, text to value or None, value to text or None)."""
@@ -1818,6 +1816,7 @@ class Router:
     def add(self, rule: str, method: str, target: object, name: Optional[str] = None) -> None:
         """Add a rule, or give an equal one of the same method another target."""
         parts = self.parse(rule)
+        self.memo = {}
         self.builders[rule] = parts
         if name:
             self.builders[name] = parts
@@ -1958,9 +1957,13 @@ class Plan:
         self.max_body = max_body  # bytes; None: the server's limit
         self.slow = 0             # above SLOW_MEMORY: calls have blocked lately. The server's
 
+    def blocked(self) -> None:
+        """A call has blocked. Once is chance (another process had the CPU), twice is a habit."""
+        self.slow = min(self.slow + SLOW_MEMORY, 2 * SLOW_MEMORY)
 
+
+SLOW_MEMORY = 16  # a route that blocks twice within so many calls is called on a thread
 EARLY = Plan(early=True)
-AS_EVER = Plan()
 
 
 class Route:
@@ -2111,7 +2114,6 @@ class App:
         self.error_handler: Dict[int, Callable] = {}
         self._before: List[Callable] = []  # hooks, in the order of their calls
         self._after: List[Callable] = []
-        self._static: Dict[str, Dict[str, tuple]] = {}  # method -> PATH_INFO -> what was found
         self._hooks = {"before_request": self._before, "after_request": self._after}
 
     # -- what people say --
@@ -2125,6 +2127,9 @@ class App:
         if is_handler(method):  # route("/x", Note)
             method, callback = None, method
 
+        if not listed(path) or callable(path):
+            raise RouteError("route() needs a rule, such as '/hello/<name>'")
+
         def decorator(callback: Any) -> Any:
             methods = list(callback.verbs) if is_handler(callback) else listed(method)
             if not methods:
@@ -2134,7 +2139,6 @@ class App:
                     made = Route(self, rule, verb.upper(), callback, name, **config)
                     self.routes.append(made)
                     self.router.add(rule, made.method, made, name)
-            self._static = {}
             return callback
 
         return decorator(callback) if callback else decorator
@@ -2211,7 +2215,7 @@ class App:
 
         Runs no code of the application's: filters convert later.
         """
-        known = self._static.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
+        known = self.router.memo.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
         return found[3].plan if found else EARLY
@@ -2220,7 +2224,7 @@ class App:
         """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
         method = environ["REQUEST_METHOD"]
         info = environ.get("PATH_INFO", "")
-        known = self._static.get(method)
+        known = self.router.memo.get(method)
         found = known and known.get(info)  # FAST: a memo of static routes, 3 times as fast
         if found:
             return found
@@ -2235,7 +2239,7 @@ class App:
             return self, method, info, route, (rule, match)
         found = self, method, info, route, NO_ARGS
         if method in VERBS:
-            self._static.setdefault(method, {})[info] = found
+            self.router.memo.setdefault(method, {})[info] = found
         return found
 
     def _find(self, environ: Dict[str, Any]) -> tuple:
@@ -2319,7 +2323,8 @@ class App:
         if isinstance(res.body, (dict, list)):
             return res.body
         title = html_escape(res.status_line)
-        return ERROR_PAGE.format(title=title, text=html_escape(str(res.body or "")))
+        body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
+        return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")))
 
     # -- what was returned, to bytes --
 
@@ -2341,6 +2346,9 @@ class App:
             return json_dumps(out).encode("utf-8")
         if out is None or isinstance(out, (list, tuple)):
             return b"".join([encode_piece(piece, response.charset) for piece in out or ()])
+        if isinstance(out, io.TextIOBase):
+            pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
+            return self._cast_iterator(pieces)
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
@@ -2572,28 +2580,13 @@ class TestClient:
             self._keep_cookie(line)
         return answer
 
-    def get(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
-        """request("GET", …), as the next ones are for their verbs."""
-        return self.request("GET", path, headers, **options)
-
-    def head(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
-        return self.request("HEAD", path, headers, **options)
-
-    def post(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
-        return self.request("POST", path, headers, **options)
-
-    def put(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
-        return self.request("PUT", path, headers, **options)
-
-    def patch(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
-        return self.request("PATCH", path, headers, **options)
-
-    def delete(self, path: str, headers: Optional[Dict[str, str]] = None, **options: Any) -> Answer:
-        return self.request("DELETE", path, headers, **options)
-
-    def options(self, path: str, headers: Optional[Dict[str, str]] = None,
-                **options: Any) -> Answer:
-        return self.request("OPTIONS", path, headers, **options)
+    get = partialmethod(request, "GET")  # (path, headers, …), as the next ones
+    head = partialmethod(request, "HEAD")
+    post = partialmethod(request, "POST")
+    put = partialmethod(request, "PUT")
+    patch = partialmethod(request, "PATCH")
+    delete = partialmethod(request, "DELETE")
+    options = partialmethod(request, "OPTIONS")
 
     def _environ(self, method: str, path: str, query: str, headers: HeaderDict,
                  data: bytes) -> Dict[str, Any]:
@@ -2628,6 +2621,8 @@ class TestClient:
         finally:
             if hasattr(result, "close"):
                 result.close()
+        if not started:
+            raise RuntimeError("the application did not call start_response")
         return Answer(started[0], started[1], b"".join(pieces))
 
     def _keep_cookie(self, line: str) -> None:
@@ -2654,7 +2649,6 @@ IN, OUT, OFF = 1, 4, 1 << 30  # EPOLLIN, EPOLLOUT, EPOLLONESHOT: a mask of 0 wou
 
 MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread the loop
 SLOW_SECONDS = 0.001        # a call that lasts longer has blocked
-SLOW_MEMORY = 16            # a route that blocks twice within so many calls is called on a thread
 SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
@@ -3754,8 +3748,8 @@ class Worker(Loop):
                 me.holds = False
         me.since = 0.0
         now = monotonic()
-        if now - began > SLOW_SECONDS:  # once is chance: another process had the CPU
-            plan.slow = min(plan.slow + SLOW_MEMORY, 2 * SLOW_MEMORY)
+        if now - began > SLOW_SECONDS:
+            plan.blocked()
         elif plan.slow:
             plan.slow -= 1
         if error is not None:
@@ -3999,7 +3993,7 @@ class Worker(Loop):
                     began = monotonic()
                     piece = self.pull(x, me)
                     if monotonic() - began > SLOW_SECONDS:
-                        x.plan.slow = 2 * SLOW_MEMORY
+                        x.plan.blocked()
             except BaseException as error:
                 return self.on_error(x, error, me)
             if piece is None:
@@ -4008,7 +4002,7 @@ class Worker(Loop):
                 return self.abort(x, me)
             budget -= len(piece)
             if budget < 0:
-                x.plan.slow = 2 * SLOW_MEMORY
+                x.plan.blocked()
                 self.leave(me)
             if not me.holds and x.chunked and self.has_left(x):
                 return self.abort(x, me)
@@ -4053,7 +4047,7 @@ class Worker(Loop):
             return False
         if n == len(data):
             return True
-        x.plan.slow = 2 * SLOW_MEMORY
+        x.plan.blocked()
         self.leave(me)
         return self.send_now(x, memoryview(data)[n:])
 
