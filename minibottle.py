@@ -1557,7 +1557,7 @@ class ClosingIterator:
 
     __slots__ = ("step", "close")
 
-    def __init__(self, step: Callable[[], bytes], close: Callable[[], object]) -> None:
+    def __init__(self, step: Callable[[], Any], close: Callable[[], object]) -> None:
         self.step = step
         self.close = close
 

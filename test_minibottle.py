@@ -1,38 +1,952 @@
-"""Tests of the examples, and of App and Server with other people's servers, clients and programs.
+"""Tests of minibottle: its values, its application, its server, its workers, its examples.
 
-To be merged into test_minibottle.py. By itself: MINIBOTTLE_ROOT=PROJECT python test_examples.py
+Run: python test_minibottle.py          (or pytest test_minibottle.py)
+
+The sections are those of minibottle.py. What needs a program or a package that is not here is
+skipped with a reason. Environment:
+    MINIBOTTLE_LONG=1     more rounds, larger bodies, half a minute for each test of the loop
+    MINIBOTTLE_SLOW=2     stretches every time limit by this factor
+    MINIBOTTLE_FILE=PATH  the minibottle.py that the tests of the loop serve with, one with a rule
+                          taken out, say: they must notice
 """
 
+# Functions that are made in a loop here are called in the same round.
+# ruff: noqa: B018, B023
+
+import ast
+import asyncio
+import collections
+import concurrent.futures
 import contextlib
+import contextvars
+import datetime
+import decimal
+import dis
+import email.utils
+import functools
+import gc
+import gzip
+import hashlib
+import html
 import http.client
+import http.cookies
 import importlib
 import importlib.util
+import io
+import itertools
 import json
+import logging
 import os
+import pickle
+import queue
+import random
 import re
 import shlex
 import shutil
 import signal
+import socket
 import socketserver
+import stat
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
+import time
+import tokenize
 import unittest
+import urllib.parse
+import uuid
+import warnings
 import wsgiref.simple_server
-import wsgiref.validate
-from urllib.parse import urljoin, urlsplit
+import zlib
+from unittest import mock
+from urllib.parse import urljoin
+from wsgiref.util import FileWrapper
+from wsgiref.validate import WSGIWarning, validator
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.environ.get("MINIBOTTLE_ROOT", HERE)      # merged: HERE is the root
-sys.path.insert(0, ROOT)
+import minibottle
+from minibottle import (
+    App, BadRequest, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError, HTTPResponse,
+    MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings, TestClient,
+    UsageError, WSGIHeaderDict, abort, accepts_gzip, format_field, html_escape, http_date,
+    iter_chunked, negotiate_gzip, parse_cookies, parse_framing, parse_head, parse_qsl, redirect,
+    request, response)
 
-from minibottle import App, Server, TestClient, abort, redirect, request, response  # noqa: E402
-
-TIMEOUT = 30 * float(os.environ.get("MINIBOTTLE_SLOW", "1"))   # seconds; only a hang comes near it
+LONG = os.environ.get("MINIBOTTLE_LONG") == "1"
+SLOW = float(os.environ.get("MINIBOTTLE_SLOW", "1"))
+TIMEOUT = 20 * SLOW                    # seconds; only a hang comes near it
+ROOT = os.path.dirname(os.path.abspath(__file__))
+FILE = os.path.abspath(minibottle.__file__)
+HAS_PROC = os.path.exists("/proc/self/task")
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+UNICODE = "Łódź ŞĞÜ 日本 😀"
+TEXT = ("Content-Type", "text/plain")
+with open(FILE, "rb") as _file:
+    SOURCE = _file.read()
 
 
 # === 0. Helpers ===============================================================
+
+def app_of(callback, path="/", method="GET", **options):
+    """An App with this one route."""
+    app = App(**options)
+    app.route(path, method, callback)
+    return app
+
+
+def ask(app, path="/", method="GET", **options):
+    """One request, as wsgiref.validate wants requests and answers to be."""
+    return TestClient(validator(app)).request(method, path, **options)
+
+
+def answer_of(callback, **options):
+    return ask(app_of(callback), **options)
+
+
+def environ_of(path="/", method="GET", **more):
+    return {"REQUEST_METHOD": method, **{"PATH_INFO": path, **more}}
+
+
+def outcome(function, *args):
+    """What it returns, or for a BadRequest (status, message). Nothing else may be raised."""
+    try:
+        return function(*args)
+    except BadRequest as error:
+        return error.status, str(error)
+
+
+class Closable:
+    """An iterable that counts how often it was closed."""
+
+    def __init__(self, pieces):
+        self.pieces = iter(pieces)
+        self.closed = 0
+        self.ended = threading.Event()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        piece = next(self.pieces)
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    def close(self):
+        self.closed += 1
+        self.ended.set()
+
+
+class UnitTest(unittest.TestCase):
+
+    def assertQuick(self, function, *args, ms=100):
+        """The best of three runs, in CPU time: what is quadratic takes seconds here."""
+        best = float("inf")
+        for _ in range(3):
+            start = time.process_time()
+            outcome(function, *args)
+            best = min(best, (time.process_time() - start) * 1000)
+            if best < ms * SLOW:
+                return
+            if best > 5 * ms * SLOW:
+                break
+        self.fail(f"{best:.0f} ms, over {ms * SLOW:.0f}")
+
+    @contextlib.contextmanager
+    def assertLogged(self):
+        """One error is logged in here."""
+        with self.assertLogs("minibottle", "ERROR") as logs:
+            yield
+        self.assertEqual(len(logs.records), 1, logs.output)
+
+
+CANARY = b"GET /canary HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+Answer = collections.namedtuple("Answer", "status reason headers body")
+
+
+class Cut(EOFError):
+    """The connection ended inside an answer."""
+
+
+class Wire:
+    """A raw client: sends bytes as they are, and takes nothing that is not a whole answer."""
+
+    def __init__(self, port, receive_bytes=None):
+        self.sock = socket.socket()
+        self.sock.settimeout(TIMEOUT)
+        if receive_bytes:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.connect(("127.0.0.1", port))
+        self.file = self.sock.makefile("rb")
+
+    def send(self, *pieces):
+        for piece in pieces:
+            self.sock.sendall(piece)
+        return self
+
+    def line(self):
+        line = self.file.readline(65537)
+        if not line.endswith(b"\r\n"):
+            raise Cut(line)
+        return line[:-2]
+
+    def exactly(self, length):
+        data = self.file.read(length)
+        if len(data) < length:
+            raise Cut("%d of %d bytes" % (len(data), length))
+        return data
+
+    def head(self):
+        """The status line and the header: (status, reason, headers)."""
+        version, status, reason = self.line().decode("latin-1").split(" ", 2)
+        assert version == "HTTP/1.1", version
+        return int(status), reason, http.client.parse_headers(self.file)
+
+    def chunk(self):
+        """One chunk; b"" is the last."""
+        data = self.exactly(int(self.line(), 16))
+        if self.line():
+            raise Cut("no CRLF after a chunk")
+        return data
+
+    def answer(self, method="GET"):
+        status, reason, headers = self.head()
+        lengths = headers.get_all("Content-Length", [])
+        if method == "HEAD" or status < 200 or status in (204, 304):
+            body = b""
+        elif "Transfer-Encoding" in headers:
+            assert headers.get_all("Transfer-Encoding") == ["chunked"] and not lengths, headers
+            body = b"".join(iter(self.chunk, b""))
+        elif lengths:
+            body = self.exactly(int(*lengths))
+        else:
+            body = self.file.read()
+        return Answer(status, reason, headers, body)
+
+    def answers(self):
+        """Every answer until the server closes."""
+        found = []
+        while not self.is_closed():
+            found.append(self.answer())
+        return found
+
+    def is_closed(self):
+        """Wait for the next byte; True when there is none, because the server has closed."""
+        return not self.file.peek(1)
+
+    def reset(self):
+        """Go away with a RST."""
+        self.file.close()
+        reset(self.sock)
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+
+class LogQueue(logging.Handler):
+    """The messages of the logger "minibottle", as they come."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = queue.Queue()
+
+    def emit(self, record):
+        self.queue.put(record.getMessage())
+
+    def next(self):
+        return self.queue.get(timeout=TIMEOUT)
+
+
+class WireTest(unittest.TestCase):
+
+    def serve(self, app, **settings):
+        server = Server(app, port=0, **settings)
+        server.__enter__()
+        self.addCleanup(server.__exit__, None, None, None)
+        return server
+
+    def connect(self, server, **options):
+        wire = Wire(server.port, **options)
+        self.addCleanup(wire.close)
+        return wire
+
+    def fetch(self, server, data, method="GET"):
+        """The one answer to `data`, which must be whole; the connection is closed after it."""
+        with contextlib.closing(Wire(server.port)) as wire:
+            return wire.send(data).answer(method)
+
+    def listen_to_log(self):
+        log, logger = LogQueue(), logging.getLogger("minibottle")
+        minibottle.noted.clear()             # what is logged once in a process is logged once more
+        logger.addHandler(log)
+        self.addCleanup(logger.removeHandler, log)
+        return log
+
+    def assert_closed(self, wire):
+        self.assertTrue(wire.is_closed(), "the connection is still open")
+
+
+def get(path="/", *lines, method="GET", version="HTTP/1.1"):
+    lines = ("%s %s %s" % (method, path, version), "Host: x") + lines
+    return "\r\n".join(lines + ("", "")).encode("latin-1")
+
+
+def post(*lines, body=b"", path="/"):
+    return get(path, *lines, method="POST") + body
+
+
+def chunked(body, *lines, path="/"):
+    return post("Transfer-Encoding: chunked", *lines, body=body, path=path)
+
+
+def reply(body, *headers, status="200 OK"):
+    """An application that always answers so; a callable body is called for each request."""
+    def app(environ, start_response):
+        start_response(status, [TEXT, *headers])
+        return body() if callable(body) else body
+    return app
+
+
+hello = reply([b"Hello World!"])
+
+
+def break_off():
+    yield b"x" * 10
+    raise ValueError("broke off")
+
+
+class Recorder:
+    """An application that reads what it is sent, keeps every environ, and answers the path."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, environ, start_response):
+        environ["body"] = environ["wsgi.input"].read()
+        self.calls.append(environ)
+        start_response("200 OK", [TEXT])
+        return [environ["PATH_INFO"].encode("latin-1")]
+
+    @property
+    def paths(self):
+        return [environ["PATH_INFO"] for environ in self.calls]
+
+
+# Modules that the server is started with; they lie in FOLDER, where it is started.
+MODULES = {
+    "shop": """
+import ctypes, gc, os, re, sys, time
+import minibottle
+from minibottle import App, request, response
+
+app = App()
+number = 42
+made = [0]
+
+
+@app.get("/")
+def index():
+    return "Hello World!"
+
+
+@app.get("/pid")
+def pid():
+    return str(os.getpid())
+
+
+@app.get("/same")
+def is_one_module():
+    main = sys.modules["__main__"]
+    return {"same": minibottle is main and App is main.App, "path": sys.path[0] == os.getcwd()}
+
+
+@app.get("/sleep/<seconds:float>")
+def sleep(seconds):
+    print("asleep", file=sys.stderr, flush=True)
+    time.sleep(seconds)
+    return "awake"
+
+
+@app.get("/wait/<seconds:float>")
+def wait(seconds):
+    time.sleep(seconds)
+    return str(os.getpid())
+
+
+@app.get("/endless")
+def endless():
+    while True:
+        yield "x" * 10
+        time.sleep(0.05)
+
+
+@app.get("/regex")
+def backtrack():
+    re.match("(a+)+$", "a" * 60 + "b")
+
+
+@app.get("/hold")
+def hold():
+    ctypes.PyDLL(None).sleep(60)         # keeps the GIL, as a regex that backtracks does
+
+
+@app.get("/spin")
+def spin():
+    while True:
+        pass
+
+
+@app.get("/raise")
+def fail():
+    print("a line for stdout")
+    raise ValueError("it failed")
+
+
+@app.get("/page")
+def page():
+    response.set_header("Content-Type", "text/plain")
+    return "page " * 2000
+
+
+@app.get("/pieces")
+def pieces():
+    for i in range(100):
+        yield "piece %d " % i * 100
+
+
+@app.get("/bytes/<count:int>")
+def many_bytes(count):
+    made[0] = 0
+    for i in range(count // 65536):
+        made[0] += 65536
+        yield bytes(65536)
+
+
+@app.get("/made")
+def how_many():
+    return str(made[0])
+
+
+@app.get("/file")
+def file():
+    response.set_header("Content-Type", "application/octet-stream")
+    return open(minibottle.__file__, "rb")
+
+
+@app.get("/large")
+def large():
+    response.set_header("Content-Type", "application/octet-stream")
+    return open("large", "rb")
+
+
+@app.post("/size")
+def size():
+    return str(len(request.body.read()))
+
+
+@app.post("/upload", stream=True, max_body=1 << 40)
+def upload():
+    total, source = 0, request.environ["wsgi.input"]
+    for data in iter(lambda: source.read(65536), b""):
+        total += len(data)
+    return str(total)
+
+
+@app.get("/collect")
+def collect():
+    return str(gc.collect())
+
+
+held = []
+
+
+@app.get("/hoard")
+def hoard():
+    with open(os.devnull) as file:
+        try:
+            while True:
+                held.append(os.dup(file.fileno()))
+        except OSError:
+            pass
+    return str(len(held))
+
+
+@app.get("/release")
+def release():
+    while held:
+        os.close(held.pop())
+
+
+@app.get("/orphan")
+def orphan():
+    child = os.fork()
+    if not child:
+        grandchild = os.fork()
+        if not grandchild:
+            time.sleep(0.1)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+class Shop(App):
+    def __init__(self):
+        super().__init__()
+        self.get("/", callback=lambda: "Hello World!")
+
+
+class Corner:
+    counter = app
+
+
+def wsgi(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"Hello World!"]
+
+
+class Callable:
+    def __call__(self, environ, start_response):
+        return wsgi(environ, start_response)
+
+
+called = Callable()
+
+
+def make():
+    return Shop()
+
+
+def make_wsgi(debug=False):
+    return wsgi
+
+
+def main():
+    app.run(port=0)
+
+
+def main_of_wsgi():
+    minibottle.run(wsgi, host="127.0.0.1", port=0)
+
+
+def main_of_two():
+    app.run(port=0, workers=2)
+
+
+def main_of_none():
+    app.run(port=0, workers=0)
+
+
+def main_with_options():
+    app.run(host="host.invalid", port=1, max_body=5)
+
+
+def main_with_a_typo():
+    app.run(port=0, colour="red")
+
+
+def main_with_a_word():
+    app.run(port=0, grace="long")
+""",
+    "vendored/__init__": "",
+    "vendored/shop": """
+from .minibottle import App
+
+app = App()
+app.get("/", callback=lambda: "Hello World!")
+
+
+def main():
+    app.run(port=0)
+""",
+    "script": """
+import minibottle, sys
+from shop import app
+
+if __name__ == "__main__":
+    app.run(port=0, workers=int(sys.argv[1]))
+""",
+    "raises": """
+def connect():
+    raise ValueError("no database")
+
+
+connect()
+""",
+    "misspelt": "def app(environ start_response):\n    pass\n",
+    "lacks": "import a_module_that_is_missing\n",
+    "mains": """
+import sys
+
+
+def returns():
+    pass
+
+
+def makes_a_number():
+    return 42
+
+
+def raises():
+    raise ValueError("no database")
+
+
+def exits():
+    sys.exit("out of bottles")
+""",
+    "frail": """
+import os, sys, threading, time
+from shop import app
+
+if os.path.exists(os.environ["BROKEN"]):
+    with open(os.environ["BROKEN"]) as file:
+        seconds = float(file.read())
+    if seconds < 0:
+        print("waits", file=sys.stderr, flush=True)
+        while os.path.exists(os.environ["BROKEN"]):
+            time.sleep(0.01)
+    elif not seconds:
+        os._exit(7)
+    else:
+        threading.Timer(seconds, os._exit, [7]).start()
+""",
+    "slow": """
+import sys, time
+
+print("importing", file=sys.stderr, flush=True)
+time.sleep(60)
+""",
+}
+FOLDER = POOL = None                   # set by setUpModule
+
+
+def setUpModule():
+    global FOLDER, POOL
+    POOL = concurrent.futures.ThreadPoolExecutor(6)
+    FOLDER = os.path.realpath(tempfile.mkdtemp())
+    os.mkdir(os.path.join(FOLDER, "vendored"))
+    for name, text in MODULES.items():
+        with open(os.path.join(FOLDER, name + ".py"), "w") as file:
+            file.write(text.lstrip("\n"))
+    with open(os.path.join(FOLDER, "large"), "wb") as file:
+        file.truncate(50000000)
+    shutil.copy(FILE, os.path.join(FOLDER, "vendored", "minibottle.py"))
+    logging.getLogger("minibottle").addHandler(logging.NullHandler())
+    warnings.simplefilter("ignore", WSGIWarning)     # methods that wsgiref does not know
+    finish("--version")                  # compiled once, for all who start it as a module
+
+
+def tearDownModule():
+    POOL.shutdown()
+    shutil.rmtree(FOLDER)
+
+
+def make_environment(patch="", **env):
+    """For a server in a process of its own; `patch` is code that runs before all other."""
+    paths = [ROOT]
+    if patch:
+        paths.insert(0, tempfile.mkdtemp(dir=FOLDER))
+        with open(os.path.join(paths[0], "sitecustomize.py"), "w") as file:
+            file.write(patch)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1",
+           "PYTHONPYCACHEPREFIX": os.path.join(FOLDER, "cache"), **env}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    return env
+
+
+ZYGOTE = """
+import json, os, signal, sys, tempfile
+import minibottle
+
+results = []
+for args in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            signal.alarm(3)                  # for one that starts, instead of ending
+            sys.exit(minibottle.main(args))
+        status = os.waitpid(pid, 0)[1]
+        texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
+        results.append([status >> 8 or -status, *texts])
+json.dump(results, sys.stdout)
+"""
+
+
+def finish_each(rows):
+    """What finish() gives for each row of arguments, by one process that forks for each."""
+    done = subprocess.run([sys.executable, "-c", ZYGOTE], cwd=FOLDER, env=make_environment(),
+                          input=json.dumps(rows), stdout=subprocess.PIPE, check=True,
+                          timeout=TIMEOUT + 5 * len(rows), universal_newlines=True)
+    return json.loads(done.stdout)
+
+
+def finish(*args, start=("-m", "minibottle")):
+    """Run a server that is to end by itself: (exit status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, *start, *args], cwd=FOLDER, env=make_environment(),
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=TIMEOUT, universal_newlines=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+class Command:
+    """`python -m minibottle ARGS`, by default on a free port, in a process group of its own.
+
+    Its `urls` (and `url`, the first), lines of `out` and `err`, and exit `status`. `before` is a
+    command to run it by, `python` are options of the interpreter.
+    """
+
+    STARTED = re.compile(r"minibottle: \S+ on (\S.*), (one process|\d+ workers?), Python ")
+
+    def __init__(self, *args, before=(), python=(), start=("-m", "minibottle"), bind=True,
+                 cwd=None, **env):
+        self.argv = [*before, sys.executable, *python, *start, *args]
+        if bind and "--bind" not in args:
+            self.argv += ["--bind", "127.0.0.1:0"]
+        self.cwd, self.env = cwd or FOLDER, make_environment(**env)
+        self.out, self.err = [], []
+        self.changed = threading.Condition()
+        self.status = None
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self.argv, cwd=self.cwd, env=self.env, start_new_session=True, universal_newlines=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.pid = self.process.pid
+        self.readers = [threading.Thread(target=self.read, args=pair) for pair in (
+            (self.process.stdout, self.out), (self.process.stderr, self.err))]
+        for reader in self.readers:
+            reader.start()
+        return self
+
+    def read(self, stream, lines):
+        for line in stream:
+            with self.changed:
+                lines.append(line)
+                self.changed.notify_all()
+        with self.changed:
+            lines.append(None)
+            self.changed.notify_all()
+
+    def started(self):
+        """Wait for the line that says so."""
+        match = self.wait_for(self.STARTED.pattern)
+        self.urls = match[1].split(", ")
+        self.url = self.urls[0]
+        self.workers = match[2]
+        return self
+
+    def find(self, pattern):
+        for line in self.err + self.out:
+            match = line and re.search(pattern, line)
+            if match:
+                return match
+        return None
+
+    def wait_for(self, pattern, timeout=TIMEOUT):
+        """The match of the first line, written or to be written, that has it."""
+        with self.changed:
+            found = self.changed.wait_for(
+                lambda: self.find(pattern) or None in self.err, timeout)
+            match = self.find(pattern)
+        if match:
+            return match
+        raise AssertionError("%s without %r:\n%s" % (
+            "ended" if found else "waited", pattern, self.said()))
+
+    def said(self):
+        return "".join(line for line in self.err + self.out if line)
+
+    def wait(self, timeout=TIMEOUT):
+        """Its exit status, once it and all who can write to its outputs have ended."""
+        self.status = self.process.wait(timeout)
+        for reader in self.readers:
+            reader.join(timeout)
+        return self.status
+
+    def stop(self, signum=signal.SIGTERM):
+        self.process.send_signal(signum)
+        return self.wait()
+
+    def children(self):
+        """Of the master: its workers."""
+        return children(self.pid)
+
+    def worker(self):
+        """The pid of the process that serves."""
+        return int(fetch(self.url, "/pid")[2])
+
+    def __exit__(self, *exc_info):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.wait()
+        for reader in self.readers:
+            reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def serve(*args, **options):
+    """A Command that has started; an end by itself is no fault of it."""
+    with Command(*args, **options) as command:
+        yield command.started()
+
+
+class Client(http.client.HTTPConnection):
+    """One connection to a server's URL: http://, or unix: with a path."""
+
+    def __init__(self, url):
+        self.unix_path = url[5:] if url.startswith("unix:") else None
+        super().__init__("localhost" if self.unix_path else url.split("//")[1], timeout=TIMEOUT)
+
+    def connect(self):
+        if not self.unix_path:
+            return super().connect()
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.unix_path)
+
+    def ask(self, path="/", method="GET", body=None, headers=None):
+        """(status, headers, body); raises what http.client raises."""
+        self.request(method, path, body, headers or {})
+        answer = self.getresponse()
+        return answer.status, answer.headers, answer.read()
+
+
+def fetch(url, *args, **options):
+    """One request on a connection of its own: (status, headers, body)."""
+    with contextlib.closing(Client(url)) as client:
+        return client.ask(*args, **options)
+
+
+def connect(url, receive_bytes=None):
+    """A plain socket to the server."""
+    host, _, port = url.split("//")[1].rpartition(":")
+    sock = socket.socket()
+    sock.settimeout(TIMEOUT)
+    if receive_bytes:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    try:
+        sock.connect((host, int(port)))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def is_refused(url):
+    try:
+        connect(url).close()
+    except ConnectionError:
+        return True
+
+
+def read_all(sock):
+    """What comes until the server closes."""
+    return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def reset(sock):
+    """Go away with a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def wait_until(condition, seconds=TIMEOUT):
+    """For what no event tells of: look until it is so. Gives what the condition gave last."""
+    end = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result or time.monotonic() > end:
+            return result
+        time.sleep(0.01)
+
+
+def at_once(check, rows):
+    """check(*row) for all rows, some at a time; tells of all that fail."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [(row, pool.submit(check, *row)) for row in rows]
+    failed = ["%r: %s" % (row, future.exception()) for row, future in futures
+              if future.exception()]
+    if failed:
+        raise AssertionError("\n\n".join(failed))
+
+
+class PooledTest(unittest.TestCase):
+    """Tests that mostly wait: all that were chosen of all its subclasses run at the same time, some
+    at once, when the first is due, and report in turn; nothing else runs meanwhile."""
+
+    chosen = []              # (class, name) of the tests that were made
+    futures = {}             # (class, name) -> the outcome
+
+    def __init__(self, name="runTest"):
+        super().__init__(name)
+        self.key = type(self), name
+        self.chosen.append(self.key)
+
+    def run(self, result=None):
+        while self.chosen:
+            kind, name = self.chosen.pop(0)
+            self.futures[kind, name] = POOL.submit(self.run_twin, kind, name)
+        concurrent.futures.wait(self.futures.values())
+        setattr(self, self.key[1], self.futures.pop(self.key).result)
+        return super().run(result)
+
+    @staticmethod
+    def run_twin(kind, name):
+        twin = kind.__new__(kind)
+        unittest.TestCase.__init__(twin, name)
+        try:
+            getattr(twin, name)()
+        finally:
+            twin.doCleanups()
+
+
+# What the kernel knows of a process.
+
+def read_proc(*parts):
+    with open(os.path.join("/proc", *map(str, parts))) as file:
+        return file.read()
+
+
+def children(pid):
+    return [int(child) for child in read_proc(pid, "task", pid, "children").split()]
+
+
+def descriptors(pid):
+    return len(os.listdir("/proc/%d/fd" % pid))
+
+
+def memory(pid, field="VmRSS"):
+    """Bytes; VmHWM is the highest so far."""
+    return int(re.search(field + r":\s*(\d+)", read_proc(pid, "status")).group(1)) * 1024
+
+
+def wakes(pid):
+    """How often its threads have begun to wait, so far."""
+    return sum(int(re.search(r"\nvoluntary_ctxt_switches:\s*(\d+)",
+                             read_proc(pid, "task", task, "status")).group(1))
+               for task in os.listdir("/proc/%d/task" % pid))
+
+
+def cpu_seconds(pid):
+    fields = read_proc(pid, "stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_alive(pid):
+    try:
+        return read_proc(pid, "stat").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
 
 def needs(*modules):
     """Skip a test or a class, by name, where one of these optional modules is missing."""
@@ -50,65 +964,6 @@ CURL = shutil.which("curl")
 BROWSER = find_browser()
 
 
-def fetch(url, path="/", method="GET", body=None, headers=None):
-    """Status, headers and body of one request on a connection of its own."""
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT)
-    with contextlib.closing(connection):
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        return answer.status, answer.headers, answer.read()
-
-
-class Command:
-    """A server run as `python ARGS` from the root: its `url`, `lines` of stderr, exit `status`."""
-
-    def __init__(self, *args, **env):
-        self.args = args
-        self.env = dict(os.environ, PYTHONUNBUFFERED="1", **env)
-        self.lines = []
-        self.url = None
-        self.status = None
-        self.settled = threading.Event()        # an address was seen, or stderr has ended
-
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, *self.args], cwd=ROOT, env=self.env, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            universal_newlines=True)
-        self.reader = threading.Thread(target=self.read_lines)
-        self.reader.start()
-        if self.settled.wait(TIMEOUT) and self.url:
-            return self
-        self.stop(signal.SIGKILL)
-        raise AssertionError("no address from {}:\n{}".format(self.args, "".join(self.lines)))
-
-    def read_lines(self):
-        for line in self.process.stderr:
-            self.lines.append(line)
-            match = re.search(r"http://127\.0\.0\.1:\d+", line)
-            if match and self.url is None:
-                self.url = match.group()
-                self.settled.set()
-        self.settled.set()
-
-    def stop(self, signum=signal.SIGTERM):
-        """Send the signal, wait for the end, and leave nothing of its process group behind."""
-        if self.status is not None:
-            return
-        self.process.send_signal(signum)
-        try:
-            self.status = self.process.wait(TIMEOUT)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.reader.join()
-            self.process.stderr.close()
-
-    def __exit__(self, *exc_info):
-        self.stop()
-
-
 class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
 
     def log_message(self, *args):
@@ -123,7 +978,7 @@ class ThreadingServer(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGISer
 def serve_wsgiref(app):
     """Run `app`, watched by the validator, on the standard library's server; gives its URL."""
     server = wsgiref.simple_server.make_server(
-        "127.0.0.1", 0, wsgiref.validate.validator(app), ThreadingServer, QuietHandler)
+        "127.0.0.1", 0, validator(app), ThreadingServer, QuietHandler)
     with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
@@ -142,25 +997,21 @@ def serve_builtin(app):
 
 
 @contextlib.contextmanager
-def serve_command(*args, **env):
-    """Run a server as a command; gives its URL."""
-    with Command(*args, **env) as command:
-        yield command.url
+def serve_gunicorn(target):
+    """Run `module:call()` under gunicorn, whose control socket stays out of the home directory."""
+    with Command("--bind", "127.0.0.1:0", "--threads=2", target, start=("-m", "gunicorn"),
+                 XDG_RUNTIME_DIR=FOLDER) as command:
+        yield command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
+        command.stop()
 
 
 @contextlib.contextmanager
-def serve_gunicorn(target):
-    """Run `module:call()` under gunicorn, whose control socket stays out of the home directory."""
-    with tempfile.TemporaryDirectory() as directory:
-        with serve_command("-m", "gunicorn", "--bind=127.0.0.1:0", "--threads=2", target,
-                           PYTHONPATH=HERE, XDG_RUNTIME_DIR=directory) as url:
-            yield url
-
-
 def serve_waitress(target):
     """Run `module:call` under waitress."""
-    return serve_command("-m", "waitress", "--listen=127.0.0.1:0", "--call", target,
-                         PYTHONPATH=HERE)
+    with Command("--listen=127.0.0.1:0", "--call", target, start=("-m", "waitress"),
+                 bind=False) as command:
+        yield command.wait_for(r"http://127\.0\.0\.1:\d+")[0]
+        command.stop()
 
 
 class OverSocket:
@@ -174,7 +1025,1858 @@ class OverSocket:
         cls.addClassCleanup(server.__exit__, None, None, None)
 
 
-# === 12. App under other people's servers =====================================
+# === 1. Errors and limits =====================================================
+
+class SettingsTest(UnitTest):
+
+    def test_values_come_as_they_are_or_as_text(self):
+        for name, given, expected in (
+                ("grace", "5", 5.0), ("grace", 0.25, 0.25), ("max_threads", "8", 8),
+                ("gzip", False, False), ("workers", 3, "3"), ("workers", "auto", "auto"),
+                ("bind", "unix:/x", ("unix:/x",)), ("bind", ["a:1", "b:2"], ("a:1", "b:2"))):
+            with self.subTest(name=name, given=given):
+                self.assertEqual(getattr(Settings(**{name: given}), name), expected)
+
+    def test_a_bad_value_is_named_with_its_setting(self):
+        for name, value in (
+                ("grace", "soon"), ("grace", -1), ("grace", float("nan")), ("grace", float("inf")),
+                ("grace", None), ("grace", True), ("max_threads", "1.5"), ("max_threads", 1 << 70),
+                ("gzip", "no"), ("gzip", 1), ("workers", "many"), ("workers", "-1"),
+                ("workers", "²"), ("workers", 1.5), ("bind", []), ("bind", [5]),
+                ("bind", 5), ("bind", None)):
+            with self.subTest(name=name, value=value):
+                with self.assertRaises(UsageError) as caught:
+                    Settings(**{name: value})
+                self.assertIn(name, str(caught.exception))
+                self.assertIn(repr(value), str(caught.exception))
+
+    def test_an_unknown_setting_is_refused_and_those_that_are_there_are_listed(self):
+        with self.assertRaisesRegex(UsageError, "(?s)max_bodi.*max_body"):
+            Settings(max_bodi=1)
+        with self.assertRaises(AttributeError):
+            Settings().max_bodi
+
+
+# === 2. Text and dates ========================================================
+
+class DateTest(UnitTest):
+    """RFC 9110 5.6.7."""
+
+    def test_dates_agree_with_the_standard_library(self):
+        for moment in (0, 1, 784111777, 951827696, 1e9 + 0.9, 4102444800, -86400):
+            expected = email.utils.formatdate(int(moment), usegmt=True)
+            utc = datetime.datetime.fromtimestamp(int(moment), datetime.timezone.utc)
+            there = utc.astimezone(datetime.timezone(datetime.timedelta(hours=5, minutes=30)))
+            for value in (int(moment), utc, there, utc.replace(tzinfo=None), utc.timetuple()):
+                with self.subTest(value=value):
+                    self.assertEqual(http_date(value), expected)
+
+    def test_a_date_is_its_midnight_and_text_stays(self):
+        self.assertEqual(http_date(datetime.date(2024, 2, 29)), "Thu, 29 Feb 2024 00:00:00 GMT")
+        self.assertEqual(http_date("Thu, 29 Feb 2024"), "Thu, 29 Feb 2024")
+
+
+class TextTest(UnitTest):
+
+    def test_escaped_html_is_safe_in_text_and_in_attributes(self):
+        text = "<a href=\"x\">&'ö</a>&amp;"
+        self.assertEqual(html.unescape(html_escape(text)), text)
+        self.assertFalse(set(html_escape(text)) & set("<>\"'"))
+
+    def test_json_that_is_none_is_a_value_error(self):
+        for text in ("NaN", "[Infinity]", "-Infinity", "[" * 100000, '{"a":' * 100000, "", "{",
+                     "[1,]", "'a'", b"\xff", "[1]".encode("utf-16")):
+            with self.subTest(text=text[:20]), self.assertRaises(ValueError):
+                answer_of(lambda: text).json
+
+    def test_json_goes_out_as_the_standard_library_reads_it(self):
+        stamp, name = datetime.datetime(2024, 2, 29, 12), uuid.UUID(int=5)
+        value = {"text": UNICODE + "\x00\u2028</script>", "n": [1, -2.5, None, True],
+                 "when": stamp, "day": stamp.date(), "id": name, "cost": decimal.Decimal("1.10")}
+        got = json.loads(answer_of(lambda: value).body)
+        self.assertEqual(got, {**value, "when": stamp.isoformat(), "day": "2024-02-29",
+                               "id": str(name), "cost": "1.10"})
+
+    def test_what_has_no_json_form_is_a_500(self):
+        loop = {}
+        loop["loop"] = loop
+        for value in ({"a": float("nan")}, {"a": object()}, {"a": {1, 2}}, {"a": b"x"}, loop):
+            with self.subTest(value=type(value["a" if "a" in value else "loop"])):
+                with self.assertLogged():
+                    self.assertEqual(answer_of(lambda: value).status_code, 500)
+
+
+# === 3. Headers and multidicts ================================================
+
+COOKIE_ATTRIBUTES = (
+    "path Path PATH domain Domain DOMAIN max_age maxage Max_Age MAX_AGE Max-Age expires Expires "
+    "EXPIRES samesite same_site SameSite Same_Site SAMESITE same-site").split()
+
+SINKS = {  # everything through which text gets into a head; r is a Response
+    "set_header value": lambda r, bad: r.set_header("X-A", bad),
+    "set_header name": lambda r, bad: r.set_header(bad, "1"),
+    "add_header value": lambda r, bad: r.add_header("X-A", bad),
+    "add_header name": lambda r, bad: r.add_header(bad, "1"),
+    "headers[name]": lambda r, bad: r.headers.__setitem__("X-A", bad),
+    "headers[bad]": lambda r, bad: r.headers.__setitem__(bad, "1"),
+    "response[name]": lambda r, bad: r.__setitem__("X-A", bad),
+    "headers.append": lambda r, bad: r.headers.append("X-A", bad),
+    "headers.replace": lambda r, bad: r.headers.replace("X-A", bad),
+    "headers.update": lambda r, bad: r.headers.update({"X-A": bad}),
+    "headers.setdefault": lambda r, bad: r.headers.setdefault("X-A", bad),
+    "bytes": lambda r, bad: r.set_header("X-A", bad.encode()),
+    "content_type": lambda r, bad: setattr(r, "content_type", bad),
+    "content_length": lambda r, bad: setattr(r, "content_length", bad),
+    "status": lambda r, bad: setattr(r, "status", "404 " + bad),
+    "Response status": lambda r, bad: Response("", "404 " + bad),
+    "Response headers": lambda r, bad: Response("", 200, {"X-A": bad}),
+    "Response pairs": lambda r, bad: Response("", 200, [("X-A", bad)]),
+    "Response keyword": lambda r, bad: Response("", 200, X_A=bad),
+    "HTTPResponse keyword": lambda r, bad: HTTPResponse("", 200, X_A=bad),
+    "HTTPResponse name": lambda r, bad: HTTPResponse("", 200, **{bad: "1"}),
+    "HTTPError keyword": lambda r, bad: HTTPError(400, "", Allow=bad),
+    "redirect": lambda r, bad: redirect("/" + bad),
+    "cookie name": lambda r, bad: r.set_cookie(bad, "1"),
+    "cookie value": lambda r, bad: r.set_cookie("a", bad),
+    "delete_cookie name": lambda r, bad: r.delete_cookie(bad),
+    "delete_cookie path": lambda r, bad: r.delete_cookie("a", path=bad),
+}
+for _key in COOKIE_ATTRIBUTES:
+    SINKS["cookie " + _key] = lambda r, bad, key=_key: r.set_cookie("a", "1", **{key: bad})
+
+BREAKS = ["\r", "\n", "\0", "\x01", "\x08", "\x0b", "\x1b", "\x1f", "\x7f", "\r\n",
+          "\r\nSet-Cookie: b=2\r\n"]
+
+
+class HeaderSinkTest(UnitTest):
+    """RFC 9110 5.5, RFC 6265 4.1: response splitting. Each sink, each character, each place."""
+
+    def test_no_control_character_gets_into_a_head(self):
+        for sink, put in SINKS.items():
+            let_in = []
+            for bad in (text for c in BREAKS for text in (c + "a", "a" + c + "b", "a" + c)):
+                answer = Response()
+                try:
+                    put(answer, bad)
+                    let_in.append(bad)
+                except ValueError:
+                    pass
+                except HTTPResponse:
+                    let_in.append(bad)
+                self.assertNotRegex("".join(sum(answer.headerlist, ())), r"[\x00-\x1f\x7f]")
+            with self.subTest(sink=sink):
+                self.assertEqual(let_in, [])
+
+    def test_a_semicolon_cannot_begin_another_cookie_attribute(self):
+        for key in COOKIE_ATTRIBUTES:
+            for bad in ("a; Domain=evil.example", ";", "1;HttpOnly", "Lax; Secure"):
+                with self.subTest(key=key, bad=bad), self.assertRaises(ValueError):
+                    Response().set_cookie("a", "1", **{key: bad})
+
+    def test_a_flag_of_a_cookie_carries_no_text(self):
+        for key in ("secure", "Secure", "httponly", "HttpOnly", "HTTPONLY", "partitioned"):
+            answer = Response()
+            answer.set_cookie("a", "1", **{key: "\r\nx; Domain=y"})
+            self.assertEqual(answer.headerlist[-1][1].lower(), "a=1; " + key.lower())
+
+    def test_a_name_is_an_ascii_token(self):
+        for name in ("", "a b", "a:b", "(a)", "a\t", "é", "日本", 'a"b', "a,b", "a/b",
+                     "\u017fet-cookie", "\u0131d"):  # these two title() to ASCII
+            with self.subTest(name=name), self.assertRaises(ValueError):
+                HeaderDict().append(name, "1")
+
+    def test_a_name_in_bytes_is_read_or_refused_but_never_mangled(self):
+        try:
+            self.assertEqual(list(HeaderDict({b"X-A": "1"})), ["X-A"])
+        except (TypeError, ValueError):
+            pass
+
+    def test_any_text_in_a_value_is_sent_as_utf_8(self):
+        answer = answer_of(lambda: HTTPResponse("", 200, X_A=UNICODE, X_B=b"\xc3\xb6", X_C=5))
+        self.assertEqual([answer.headers[name] for name in ("x-a", "x-b", "x-c")],
+                         [UNICODE, "ö", "5"])
+
+    def test_text_that_has_no_utf_8_form_is_a_500(self):
+        def surrogate():
+            response.set_header("X-A", "\ud800")
+            return "x"
+        with self.assertLogged():
+            self.assertEqual(answer_of(surrogate).status_code, 500)
+
+
+class MultiDictTest(UnitTest):
+
+    def test_the_last_value_counts_and_all_are_kept(self):
+        for kind in (MultiDict, FormsDict):
+            fields = kind(a="1")
+            fields["a"] = "2"
+            fields.update(b="3")
+            self.assertEqual((fields["a"], fields.get("a"), fields.getone("a")), ("2", "2", "2"))
+            self.assertEqual((fields.getall("a"), fields.getlist("a")), (["1", "2"], ["1", "2"]))
+            self.assertEqual(list(fields.allitems()), [("a", "1"), ("a", "2"), ("b", "3")])
+            self.assertEqual((dict(fields), sorted(fields.values())),
+                             ({"a": "2", "b": "3"}, ["2", "3"]))
+            self.assertEqual((len(fields), list(fields), "a" in fields, "c" in fields),
+                             (2, ["a", "b"], True, False))
+            fields.replace("a", "4")
+            self.assertEqual(fields.getall("a"), ["4"])
+            self.assertEqual((fields.pop("a"), fields.getall("a")), ("4", []))
+            with self.assertRaises(KeyError):
+                fields["a"]
+            self.assertEqual(pickle.loads(pickle.dumps(fields)), fields)
+
+    def test_get_takes_an_index_and_a_type_and_swallows_what_does_not_fit(self):
+        fields = MultiDict(a="x")
+        fields.append("a", "5")
+        for given, expected in (((None, -1, int), 5), ((7, 0, int), 7), ((None, 0), "x"),
+                                ((7, 9), 7), ((None, -1, "no type"), None)):
+            with self.subTest(given=given):
+                self.assertEqual(fields.get("a", *given), expected)
+        self.assertEqual(fields.get("b", 7, type=int), 7)
+
+    def test_a_form_field_is_an_attribute_and_a_missing_one_is_empty(self):
+        fields = FormsDict(name=UNICODE, keys="shadowed")
+        self.assertEqual((fields.name, fields.nothing, fields.getunicode("name"),
+                          fields.getunicode("nothing", 5)), (UNICODE, "", UNICODE, 5))
+        self.assertTrue(hasattr(fields, "nothing") and callable(fields.keys))
+        self.assertFalse(hasattr(fields, "__wrapped__"))
+        copy = fields.decode()
+        copy.name = "plain"
+        self.assertEqual((copy.name, copy["name"], fields.name), ("plain", UNICODE, UNICODE))
+
+    def test_headers_have_no_case_and_assignment_replaces(self):
+        headers = HeaderDict({"content_type": "a"}, x_a=1)
+        headers["CONTENT-type"] = "b"
+        headers.append("X-a", 2)
+        self.assertEqual((headers["Content-Type"], headers.get("content_TYPE"), "X_A" in headers),
+                         ("b", "b", True))
+        self.assertEqual((headers.getall("x-a"), list(headers)),
+                         (["1", "2"], ["Content-Type", "X-A"]))
+        headers.filter(["content-TYPE", "not-there"])
+        self.assertEqual((len(headers), headers.get("Content-Type", 5)), (1, 5))
+        del headers["x-A"]
+        self.assertEqual(len(headers), 0)
+
+    def test_every_way_to_read_a_header_has_no_case(self):
+        headers = HeaderDict(X_A="1")
+        self.assertEqual((headers.getone("x-a"), headers.getlist("x-a")), ("1", ["1"]))
+
+    def test_request_headers_are_a_view_of_the_environ(self):
+        environ = {"HTTP_X_A": "1", "CONTENT_TYPE": "a/b", "CONTENT_LENGTH": "5",
+                   "HTTP_X_U": UNICODE.encode().decode("latin-1"), "HTTP_X_BAD": "\xff",
+                   "PATH_INFO": "/", "wsgi.x": "y"}
+        headers = WSGIHeaderDict(environ)
+        self.assertEqual((headers["x-a"], headers.get("content-TYPE"), headers["Content_Length"]),
+                         ("1", "a/b", "5"))
+        self.assertEqual((headers["X-U"], headers.raw("x-u"), headers["X-Bad"]),
+                         (UNICODE, environ["HTTP_X_U"], "\ufffd"))
+        self.assertEqual(sorted(headers), ["Content-Length", "Content-Type", "X-A", "X-Bad", "X-U"])
+        self.assertEqual((len(headers), "X-C" in headers, headers.get("X-C", 5)), (5, False, 5))
+        environ["HTTP_X_C"] = "3"
+        self.assertEqual(headers["X-C"], "3")
+        with self.assertRaises(TypeError):
+            headers["X-A"] = "2"
+
+
+# === 4. HTTP/1.1 codec ========================================================
+
+def head(*lines, first="GET / HTTP/1.1"):
+    return "\r\n".join((first, "Host: x") + lines)
+
+
+GOOD_HEADS = [  # (head, part of its environ)
+    ("GET / HTTP/1.0", {"REQUEST_METHOD": "GET", "PATH_INFO": "/", "QUERY_STRING": "",
+                        "SERVER_PROTOCOL": "HTTP/1.0"}),
+    (head(first="GET /a%20b/%C3%B6?c=%20&d?e HTTP/1.1"),
+     {"PATH_INFO": "/a b/Ã¶", "QUERY_STRING": "c=%20&d?e",
+      "REQUEST_URI": "/a%20b/%C3%B6?c=%20&d?e"}),
+    (head(first="GET /%zz%4 HTTP/1.1"), {"PATH_INFO": "/%zz%4"}),
+    (head(first="GET //a//b?? HTTP/1.1"), {"PATH_INFO": "//a//b", "QUERY_STRING": "?"}),
+    (head(first="M-SEARCH /\xc3\xb6 HTTP/1.1"), {"REQUEST_METHOD": "M-SEARCH",
+                                                 "PATH_INFO": "/Ã¶"}),
+    (head(first="OPTIONS * HTTP/1.1"), {"REQUEST_METHOD": "OPTIONS", "HTTP_HOST": "x"}),
+    (head(first="GET http://Y:8080/a%20b?c HTTP/1.1"),
+     {"HTTP_HOST": "Y:8080", "PATH_INFO": "/a b", "QUERY_STRING": "c"}),
+    (head(first="GET HTTP://y?c HTTP/1.1"),
+     {"HTTP_HOST": "y", "PATH_INFO": "/", "QUERY_STRING": "c"}),
+    (head("X-A: 1", "x-a:2", "X-A:\t3 \t"), {"HTTP_X_A": "1, 2, 3"}),
+    (head("Cookie: a=1", "Cookie: b=2"), {"HTTP_COOKIE": "a=1; b=2"}),
+    (head("Content-Type: a/b", "Content-Length: 5", "Empty:", "Colons: a:b:c", "Tab: a\tb"),
+     {"CONTENT_TYPE": "a/b", "CONTENT_LENGTH": "5", "HTTP_EMPTY": "", "HTTP_COLONS": "a:b:c",
+      "HTTP_TAB": "a\tb"}),
+    (head("Latin: \xe9\x85\xa0"), {"HTTP_LATIN": "\xe9\x85\xa0"}),  # no white space but SP and HTAB
+    (head("!#$%&'*+-.^`|~0: 1"), {"HTTP_!#$%&'*+_.^`|~0": "1"}),
+    ("GET / HTTP/1.1\r\nHost: [::1]:80", {"HTTP_HOST": "[::1]:80"}),
+    ("GET / HTTP/1.1\r\nHost:", {"HTTP_HOST": ""}),
+]
+BAD_HEADS = {  # what the message holds: heads
+    "bad request line": ["", "GET /", "GET / HTTP/1.1 ", "GET  / HTTP/1.1", "G(T / HTTP/1.1",
+                         "GET /\u20ac HTTP/1.1", "GET /a\tb HTTP/1.1", " GET / HTTP/1.1"],
+    "fragment": [head(first="GET /a#b HTTP/1.1")],
+    "HTTP/2.0": [head(first="GET / HTTP/2.0")],
+    "CONNECT": [head(first="CONNECT a:1 HTTP/1.1")],
+    "bad request target": [head(first="GET %s HTTP/1.1" % target)
+                           for target in ("*", "a", "ftp://a/", "http:///a", "http://?a")],
+    "bad host": [*(head(first="GET http://%s/ HTTP/1.1" % host) for host in ("u@a", "a:b", "[a")),
+                 *("GET / HTTP/1.%d\r\nHost: %s" % (i, host) for i in (0, 1)
+                   for host in ("a b", "a/b", "u@a", "a,b", "a:b", "\xe9", "[::1")),
+                 head(first="GET http://:80/a HTTP/1.1")],  # RFC 9110 4.2.1
+    "no Host": ["GET / HTTP/1.1", "GET / HTTP/1.1\r\nX-Host: x", "GET http://a/ HTTP/1.1",
+                "OPTIONS * HTTP/1.1"],  # RFC 9112 3.2
+    "more than one Host": [head("Host: x"), head("host: y")],
+    "more than one Content-Length": [head("Content-Length: 1", "content-length: 1")],
+    "more than one Transfer-Encoding": [head(*["Transfer-Encoding: chunked"] * 2)],
+    "more than one Content-Type": [head("Content-Type: a/b", "Content-Type: a/b")],
+    "no colon": [head(""), head("nothing")],
+    "bad name": [head(": a"), head("A B: c"), head("\xe9: c"), head("(A): b")],
+    "white space before the colon": [head("A : c"), head("A\t: c")],
+    "folding": [head("A: b", " c"), head("A: b", "\tc: d"), head(" A: b")],
+    "control character": [head(line) for line in ("A: b\rc", "A: b\nc: d", "A: \0", "A: b\x0b",
+                                                  "A\x0b: b", "A: \x7f", "A: \x1b[31m")],
+    "100 headers": [head(*["A: b"] * 100)],
+}
+STATUSES = {"HTTP/2.0": 505, "CONNECT": 501, "100 headers": 431}  # the others are 400
+HEADS = [text for text, _ in GOOD_HEADS] + sum(BAD_HEADS.values(), [])
+SHARED = {"wsgi.version": (1, 0), "SERVER_NAME": "y"}
+
+
+def template():
+    """A listener's part of every environ; a new one has seen no request line."""
+    return getattr(minibottle, "Template", dict)(SHARED)
+
+
+def forget():
+    for memo in ("field_lines", "field_names", "request_lines"):
+        getattr(minibottle, memo, {}).clear()
+
+
+def parse(text, *limits):
+    return parse_head(text, template(), *limits)
+
+
+class HeadTest(UnitTest):
+    """RFC 9112 3 and 5."""
+
+    def test_a_good_head_is_an_environ(self):
+        for text, expected in GOOD_HEADS:
+            with self.subTest(text=text):
+                environ = parse(text)
+                self.assertEqual({**environ, **expected, **SHARED}, environ)
+
+    def test_a_bad_head_is_refused_with_its_cause(self):
+        for cause, heads in BAD_HEADS.items():
+            for text in heads:
+                with self.subTest(text=text[:60]):
+                    with self.assertRaisesRegex(BadRequest, cause) as got:
+                        parse(text)
+                    self.assertEqual(got.exception.status, STATUSES.get(cause, 400))
+
+    def test_remembered_lines_give_the_same_as_unknown_ones(self):
+        for text in HEADS:
+            forget()
+            shared = template()
+            plain = outcome(parse_head, text, shared)
+            with self.subTest(text=text[:60]):
+                self.assertEqual(outcome(parse_head, text, shared), plain)
+                for other in HEADS:
+                    outcome(parse_head, other, shared)
+                self.assertEqual(outcome(parse_head, text, shared), plain)
+
+    def test_an_environ_belongs_to_its_request(self):
+        text, shared = head("X-A: 1", first="GET /a?b HTTP/1.1"), template()
+        environ = parse_head(text, shared)
+        before = dict(environ)
+        environ.update(dict.fromkeys(environ, "changed"), HTTP_X_B="2")
+        self.assertEqual((parse_head(text, shared), shared), (before, SHARED))
+
+    def test_what_is_remembered_is_bounded_and_holds_no_secret(self):
+        forget()
+        parse(head("Cookie: s=secret", "AUTHORIZATION: Basic secret", "Long: " + "secret" * 99,
+                   "Proxy-Authorization: secret"))
+        self.assertNotIn("secret", repr(minibottle.field_lines))
+        shared, sizes = template(), []
+        for start in (0, 4000, 8000):
+            for i in range(start, start + 4000):
+                parse_head(head("X-%d: %d" % (i, i), first="GET /%d HTTP/1.1" % i), shared)
+            sizes.append(sys.getallocatedblocks())
+        self.assertLess(sizes[2] - sizes[1], 4000)
+        forget()
+
+    def test_a_name_with_an_underscore_is_no_header(self):
+        for name in ("X_Forwarded_For", "X-Forwarded_For", "Content_Length", "Host_", "_"):
+            environ = parse(head(name + ": evil", name + ": evil"))
+            environ.pop("", None)  # where the server finds what to log
+            with self.subTest(name=name):
+                self.assertNotIn("evil", environ.values())
+                self.assertEqual(set(environ), set(parse(head())))
+
+    def test_header_values_agree_with_http_client(self):
+        rng = random.Random(4)
+        for _ in range(200):
+            names = ["X-%s" % "".join(rng.choices("abcXYZ019!#.~", k=4)) for _ in range(4)]
+            lines = ["%s:%s" % (name, "".join(rng.choices(" \tab:,;=\"\\\xe9", k=9)))
+                     for name in names]
+            environ = parse(head(*lines))
+            stdlib = http.client.parse_headers(
+                io.BytesIO("\r\n".join(lines + ["", ""]).encode("latin-1")))
+            for name in names:
+                key = "HTTP_" + name.upper().replace("-", "_")
+                self.assertEqual(environ[key], ", ".join(
+                    value.strip(" \t") for value in stdlib.get_all(name)), lines)
+
+    def test_no_head_whatever_gives_another_exception_or_a_control_character(self):
+        rng = random.Random(5)
+        heads = [row[0] for row in GOOD_HEADS]
+        for _ in range(3000):
+            text = list(rng.choice(heads))
+            for _ in range(rng.randint(1, 4)):
+                i = rng.randint(0, len(text))
+                text[i:i + rng.choice((0, 0, 1, 5))] = rng.choices(
+                    "\r\n\0 \t:/%?#*@[]_-aA1\x0b\x7f\x85\xa0\xff", k=rng.choice((0, 1, 2)))
+            got = outcome(parse, "".join(text))
+            if type(got) is dict:
+                outcome(parse_framing, got)
+                got.pop("PATH_INFO")  # may hold any byte, percent-encoded
+                self.assertNotRegex("".join(map(str, got.values())), r"[\x00-\x08\x0a-\x1f\x7f]")
+
+    def test_hostile_heads_take_linear_time(self):
+        size = 1 << 16
+        for line in ("X:" + " " * size + "\1", "X: " + " a" * (size // 2), "X" * size,
+                     " " * size, ":" * size, "X: " + "\t" * size, "Host:" + "a" * size + "!",
+                     "Host: [" + ":" * size, "Host: " + "%" * size, "A: b\r\n" * 9999,
+                     "Transfer-Encoding:" + "," * size, "Content-Length: " + "9" * size,
+                     "Transfer-Encoding: " + "chunked, " * 7000):
+            with self.subTest(line=line[:20]):
+                self.assertQuick(lambda: parse_framing(parse(
+                    "GET / HTTP/1.0\r\n" + line, 10000)))
+        for target in ("/" * size, "/" + "%" * size, "/" + "%41" * 20000, "http://" + "a" * size,
+                       "http://a/" + "?" * size, "http://" + "[" * size + "/", "*" * size):
+            with self.subTest(target=target[:20]):
+                self.assertQuick(parse, "GET %s HTTP/1.1\r\nHost: x" % target)
+
+
+class FramingTest(UnitTest):
+    """RFC 9112 6.1 and 6.3."""
+
+    def test_length_and_coding_decide_how_long_a_body_is(self):
+        for lines, expected in (
+                ((), 0), (("Content-Length: 0",), 0), (("Content-Length: 007",), 7),
+                (("Transfer-Encoding: chunked",), -1), (("Transfer-Encoding: \tCHUNKED ",), -1),
+                (("Transfer-Encoding: gzip, chunked",), 501), (("Content-Length: +1",), 400),
+                (("Content-Length: 1_0",), 400), (("Content-Length: 1, 1",), 400),
+                (("Content-Length:",), 400), (("Content-Length: \xb2",), 400),
+                (("Content-Length: " + "9" * 20,), 400), (("Transfer-Encoding: xchunked",), 400),
+                (("Transfer-Encoding: chunked, chunked",), 400),
+                (("Transfer-Encoding: chunked, identity",), 400), (("Transfer-Encoding:",), 400),
+                (("Transfer-Encoding: \xa0chunked",), 400),
+                (("Transfer-Encoding: chunked", "Content-Length: 5"), 400)):
+            with self.subTest(lines=lines):
+                got = outcome(parse_framing, parse(head(*lines)))
+                self.assertEqual(got[0] if type(got) is tuple else got, expected)
+
+
+WIKI = b"4\r\nWiki\r\n5;ext=\"1\"\r\npedia\r\nE\r\n in\r\n\r\nchunks.\r\n0\r\n\r\n"
+CHUNKED = [  # (bytes, body)
+    (WIKI, b"Wikipedia in\r\n\r\nchunks."),
+    (b"0\r\n\r\n", b""),
+    (b"000\r\n\r\n", b""),
+    (b"0000000000000001\r\na\r\n0\r\n\r\n", b"a"),
+    (b"a\r\n0123456789\r\n0 \t;x\r\nX-T: y\r\nEtag: z\r\n\r\n", b"0123456789"),
+    (b"2;\xe9\r\n\r\n\r\n0;\r\n\r\n", b"\r\n"),
+    (b"3e8\r\n" + b"x" * 1000 + b"\r\n0\r\n\r\n", b"x" * 1000),
+]
+BAD_CHUNKED = [  # (bytes, status)
+    *((size + b"\r\nhello\r\n0\r\n\r\n", 400) for size in (
+        b"", b"0x5", b"+5", b"-5", b" 5", b"5 ", b"5_", b"5g", b"g", b"\xd9\xa5", b"5\x0b", b"5\0",
+        b"5;\n", b"5;\r", b"5;\x7f", b"0" * 16 + b"5")),
+    (b"5\nhello\r\n0\r\n\r\n", 400), (b"5\r\nhello\n0\r\n\r\n", 400),
+    (b"5\r\nhelloo\r\n0\r\n\r\n", 400), (b"4\r\nhello\r\n0\r\n\r\n", 400),
+    (b"5\r\nhello0\r\n\r\n", 400), (b"5\r\nhelloXX0\r\n\r\n", 400),
+    (b"1;" + b"x" * 300, 400),
+    (b"3e9\r\n", 413), (b"ffffffffffffffff\r\n", 413),
+    (b"3e8\r\n" + b"x" * 1000 + b"\r\n1\r\nx\r\n0\r\n\r\n", 413), (b"1f4\r\n" + b"x" * 500 +
+     b"\r\n1f5\r\n" + b"x" * 501 + b"\r\n0\r\n\r\n", 413),
+    *((b"0\r\n" + line + b"\r\n\r\n", 400) for line in (
+        b"Content-Length: 5", b"host: x", b"Transfer-Encoding: chunked", b"Cookie: a", b"X",
+        b" X:y", b"X :y", b"X: \0", b"X: y\n", b"Authorization: x")),
+    (b"0\r\n" + b"X: y\r\n" * 99, 431),
+]
+
+
+def decode(data, step=None, max_body=1000):
+    """(body, what is left) of a chunked body that is there at once, or comes `step` bytes a time.
+
+    None where it ends too early.
+    """
+    buf = bytearray(b"" if step else data)
+    feed = iter([data[i:i + step] for i in range(0, len(data), step)] if step else [])
+    body = b""
+    for piece in iter_chunked(buf, max_body):
+        if not piece:
+            more = next(feed, None)
+            if more is None:
+                return None
+            buf += more
+        body += piece
+    return body, bytes(buf) + b"".join(feed)
+
+
+class ChunkedTest(UnitTest):
+    """RFC 9112 7.1."""
+
+    def test_a_body_decodes_the_same_whole_and_in_any_pieces(self):
+        for data, body in CHUNKED:
+            for step in (None, 1, 2, 3, 7, len(data)):
+                with self.subTest(data=data[:40], step=step):
+                    self.assertEqual(decode(data, step), (body, b""))
+
+    def test_what_follows_a_body_is_left_alone(self):
+        for data, body in CHUNKED:
+            for step in (None, 1, 5, len(data) + 9):
+                with self.subTest(data=data[:40], step=step):
+                    self.assertEqual(decode(data + b"GET / HTT", step), (body, b"GET / HTT"))
+
+    def test_a_bad_body_is_refused_whole_and_in_any_pieces(self):
+        for data, status in BAD_CHUNKED:
+            for step in (None, 1, 4, len(data)):
+                with self.subTest(data=data[:40], step=step):
+                    self.assertEqual(outcome(decode, data, step)[0], status)
+
+    def test_a_size_line_has_one_limit_whole_and_in_any_pieces(self):
+        for size in (200, 300, 1000, 5000):
+            data = b"1\r\nx\r\n5;" + b"e" * size + b"\r\nhello\r\n0\r\n\r\n"
+            with self.subTest(size=size):
+                self.assertEqual(outcome(decode, data), outcome(decode, data, 1))
+
+    def test_a_body_that_ends_early_waits_for_more(self):
+        for end in range(len(WIKI)):
+            self.assertIsNone(decode(WIKI[:end]))
+
+    def test_the_standard_library_reads_the_same(self):
+        for data, body in CHUNKED:
+            answer = http.client.HTTPResponse(mock.Mock(makefile=lambda mode: io.BytesIO(
+                b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + data)))
+            answer.begin()
+            self.assertEqual(answer.read(), body)
+
+    def test_no_bytes_whatever_give_another_exception_or_another_body_in_pieces(self):
+        rng = random.Random(6)
+        for _ in range(1000):
+            data = bytearray(rng.choice(CHUNKED[:6])[0])
+            for _ in range(rng.randint(1, 3)):
+                i = rng.randint(0, len(data))
+                data[i:i + rng.choice((0, 1, 1, 3))] = bytes(rng.choices(
+                    b"\r\n\0 \t:;0159afAF_x\xff", k=rng.choice((0, 1, 2))))
+            whole = outcome(decode, bytes(data))
+            self.assertEqual(outcome(decode, bytes(data), rng.choice((1, 2, 5))), whole, data)
+
+    def test_many_small_chunks_take_linear_time(self):
+        many = b"1\r\nx\r\n" * 20000 + b"0\r\n\r\n"
+        self.assertQuick(decode, many, None, 1 << 20)
+        self.assertQuick(decode, many, 4096, 1 << 20, ms=200)
+        for data in (b"1;" + b" " * 65536, b"1" + b" " * 65536, b"0" * 65536, b"1;" * 32768):
+            self.assertQuick(decode, data)
+
+
+class FormatFieldTest(UnitTest):
+    """PEP 3333 on headers, and RFC 9110 5.1 and 5.5."""
+
+    def test_a_pair_of_strings_is_a_line(self):
+        for pair, line in ((("Allow", "GET"), b"Allow: GET\r\n"), (("x-a", ""), b"x-a: \r\n"),
+                           (("X", "\xe9\t"), b"X: \xe9\t\r\n"),
+                           (("Content-Length", "5"), b"Content-Length: 5\r\n")):
+            for _ in "plain", "remembered":
+                self.assertEqual(format_field(pair)[0], line)
+
+    def test_anything_else_is_an_error_of_the_application(self):
+        for pair in (("A",), "A", None, ("A", "b", "c"), ("A", b"b"), ("A", None), ("A", 5),
+                     (b"A", "b"), ("", "b"), ("A:", "b"), ("A b", "c"), ("é", "b"), ("A", "\0"),
+                     ("A", "b\r\nC: d"), ("A", "\x7f"), ("A", "\u20ac"), ("A\n", "b"),
+                     ("Content-Length", "-1"), ("content-length", "5 "), ("Content-Length", "")):
+            for _ in "first", "again":
+                with self.subTest(pair=pair), self.assertRaises((TypeError, ValueError)):
+                    format_field(pair)
+
+
+# === 5. Forms and cookies =====================================================
+
+class QueryTest(UnitTest):
+
+    def test_only_ampersands_separate_fields(self):
+        for text, expected in (
+                ("", []), ("&&", []), ("a", [("a", "")]), ("a=", [("a", "")]), ("=a", [("", "a")]),
+                ("a=1&b=2;c=3", [("a", "1"), ("b", "2;c=3")]), ("a=b=c", [("a", "b=c")]),
+                ("a=1&a=2", [("a", "1"), ("a", "2")]), ("a+b=c+d", [("a b", "c d")]),
+                ("a=%2B%26%3D", [("a", "+&=")]), ("%C3%B6=%ff", [("ö", "\ufffd")]),
+                ("a=%&b=%4", [("a", "%"), ("b", "%4")]), ("a=ö", [("a", "ö")])):
+            with self.subTest(text=text):
+                self.assertEqual(parse_qsl(text), expected)
+
+    def test_any_text_is_read_as_the_standard_library_reads_it(self):
+        rng = random.Random(7)
+        for _ in range(2000):
+            text = "".join(rng.choices("ab=&&+%%cC3B6;/?ö ", k=rng.randint(0, 20)))
+            self.assertEqual(parse_qsl(text), urllib.parse.parse_qsl(
+                text, keep_blank_values=True, separator="&"), text)
+
+    def test_too_many_fields_are_refused_before_they_are_split(self):
+        self.assertEqual(len(parse_qsl("a&" * 9 + "a", 10)), 10)
+        self.assertEqual(outcome(parse_qsl, "a&" * 10 + "a", 10)[0], 413)
+        self.assertQuick(parse_qsl, "&" * (1 << 20), 1000)
+        for text in ("&", "%", "%41", "+", "=", "a=1&", "%C3"):
+            with self.subTest(text=text):
+                self.assertQuick(parse_qsl, text * ((1 << 16) // len(text)))
+
+
+class CookieTest(UnitTest):
+    """RFC 6265 4.1 and 5.4."""
+
+    def test_pairs_are_read_and_a_bad_one_costs_only_itself(self):
+        for text, expected in (
+                ("", []), (";;; ", []), ("a=1;b=2", [("a", "1"), ("b", "2")]), ("a=", [("a", "")]),
+                ("a = 1 ", [("a", "1")]), ("a=b=c", [("a", "b=c")]),
+                ('a=1; bad@x; lt={"id":"3"}; b=2', [("a", "1"), ("lt", '{"id":"3"}'), ("b", "2")]),
+                ("=__Host-x=bad; b=2", [("b", "2")]), ('a="; b=2', [("a", '"'), ("b", "2")]),
+                ('a="x y"; b=""', [("a", "x y"), ("b", "")]), ("a=ö 日", [("a", "ö 日")]),
+                (r'a="\"\\\054"', [("a", '"\\,')]), ('a="\\', [("a", '"\\')])):
+            with self.subTest(text=text):
+                self.assertEqual(parse_cookies(text), expected)
+
+    def test_hostile_cookies_take_linear_time(self):
+        for text in ('"', "\\", '\\"', ";", "=", "a=;", " ", 'a="\\1', "\\101"):
+            for around in ("%s", 'a="%s"', 'a="%s'):
+                with self.subTest(text=text, around=around):
+                    line = around % (text * (65536 // len(text)))
+                    self.assertQuick(parse_cookies, line, ms=50)
+
+    def test_any_value_comes_back_as_it_was_set(self):
+        for value in ("", "a", "a b", '"', 'a"b\\c', "a;b, c=d", "\\101", "{'a': 1}",
+                      "!#$%&'()*+-./", "ö", UNICODE):
+            app = App()
+            app.route("/set", callback=lambda: response.set_cookie("a", value))
+            app.route("/get", callback=lambda: {"a": request.cookies.get("a")})
+            client = TestClient(validator(app))
+            line = client.get("/set").headers["Set-Cookie"]
+            with self.subTest(value=value, line=line):
+                self.assertTrue(line.isascii())
+                self.assertEqual(client.get("/get").json, {"a": value})
+                if value.isascii():
+                    self.assertEqual(http.cookies.SimpleCookie(line)["a"].value, value)
+
+    def test_attributes_have_one_form_whatever_their_spelling(self):
+        day = datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.timezone.utc)
+        for options, expected in (
+                ({}, "a=1"), ({"path": "/x"}, "a=1; Path=/x"), ({"Max-Age": 5}, "a=1; Max-Age=5"),
+                ({"maxage": datetime.timedelta(hours=1)}, "a=1; Max-Age=3600"),
+                ({"expires": day}, "a=1; expires=Thu, 29 Feb 2024 12:00:00 GMT"),
+                ({"expires": 0}, "a=1; expires=Thu, 01 Jan 1970 00:00:00 GMT"),
+                ({"samesite": "lax"}, "a=1; SameSite=Lax"),
+                ({"same_site": "NONE", "secure": True}, "a=1; SameSite=None; Secure"),
+                ({"samesite": None, "secure": 1}, "a=1; SameSite=None; Secure"),
+                ({"httponly": True, "secure": False, "domain": None}, "a=1; HttpOnly"),
+                ({"partitioned": True, "domain": "x.y"}, "a=1; Partitioned; Domain=x.y")):
+            answer = Response()
+            answer.set_cookie("a", "1", **options)
+            with self.subTest(options=options):
+                self.assertEqual(answer.headerlist[-1][1].lower(), expected.lower())
+
+    def test_what_a_browser_would_drop_is_refused(self):
+        for name, value, options, kind in (
+                ("a", "1", {"samesite": "none"}, ValueError), ("a b", "1", {}, ValueError),
+                ("a", "1", {"samesite": "x"}, ValueError), ("a", "1", {"color": "x"}, ValueError),
+                ("", "1", {}, ValueError), ("a", "x" * 4000, {}, ValueError),
+                ("a", 5, {}, TypeError), ("a", b"1", {}, TypeError),
+                ("a", "1", {"max_age": float("inf")}, ValueError),
+                ("a", "1", {"path": "/", "Path": "/x"}, (ValueError, TypeError))):
+            with self.subTest(name=name, options=options), self.assertRaises(kind):
+                Response().set_cookie(name, value, **options)
+
+    def test_a_cookie_is_dropped_with_the_path_it_was_set_with(self):
+        answer = Response()
+        answer.set_cookie("a", "1", path="/x")
+        answer.delete_cookie("a", path="/x")
+        cookies = [value for name, value in answer.headerlist if name == "Set-Cookie"]
+        self.assertEqual(len(cookies), 1)
+        self.assertRegex(cookies[0], r"^a=(\"\")?; Path=/x; Max-Age=-1; Expires=Thu, 01 Jan 1970")
+
+
+# === 6. Request and Response ==================================================
+
+class RequestTest(UnitTest):
+
+    def test_an_empty_environ_answers_every_question(self):
+        got = Request({})
+        for name, expected in (
+                ("method", "GET"), ("path", "/"), ("script_name", "/"), ("fullpath", "/"),
+                ("query_string", ""), ("url", "http://127.0.0.1/"), ("remote_addr", None),
+                ("content_type", ""), ("content_length", -1), ("is_xhr", False), ("json", None),
+                ("query", {}), ("forms", {}), ("params", {}), ("cookies", {}), ("headers", {})):
+            with self.subTest(name=name):
+                self.assertEqual(getattr(got, name), expected)
+        self.assertEqual((got.body.read(), got.get_header("X", 5), got.get_cookie("a", 5)),
+                         (b"", 5, 5))
+        for name, kind in vars(Request).items():
+            if isinstance(kind, property) and name not in ("app", "route", "url_args"):
+                with self.subTest(name=name):
+                    getattr(Request({}), name)
+        for name in ("app", "route", "url_args"):
+            with self.assertRaises(RuntimeError):
+                getattr(got, name)
+
+    def test_views_of_the_environ(self):
+        for name, environ, expected in (
+                ("method", {"REQUEST_METHOD": "get"}, "GET"),
+                ("path", {"PATH_INFO": "//a/b/"}, "/a/b/"),
+                ("path", {"PATH_INFO": "\xff"}, "/\ufffd"),
+                ("script_name", {"SCRIPT_NAME": "/a/b"}, "/a/b/"),
+                ("fullpath", {"SCRIPT_NAME": "/a", "PATH_INFO": "/b"}, "/a/b"),
+                ("url", {"HTTP_HOST": "x:81", "PATH_INFO": "/a b", "QUERY_STRING": "c=%20"},
+                 "http://x:81/a%20b?c=%20"),
+                ("url", {"SERVER_NAME": "x", "SERVER_PORT": "443", "wsgi.url_scheme": "https"},
+                 "https://x/"),
+                ("url", {"SERVER_NAME": "x", "SERVER_PORT": "8080"}, "http://x:8080/"),
+                ("url", {"HTTP_HOST": "x", "HTTP_X_FORWARDED_HOST": "evil",
+                         "HTTP_X_FORWARDED_PROTO": "https"}, "http://x/"),
+                ("remote_addr", {"REMOTE_ADDR": "1.2.3.4", "HTTP_X_FORWARDED_FOR": "5.6.7.8"},
+                 "1.2.3.4"),
+                ("content_length", {"CONTENT_LENGTH": "5"}, 5),
+                ("content_length", {"CONTENT_LENGTH": "+5"}, -1),
+                ("content_length", {"CONTENT_LENGTH": ""}, -1),
+                ("content_type", {"CONTENT_TYPE": "Text/HTML"}, "text/html"),
+                ("is_ajax", {"HTTP_X_REQUESTED_WITH": "XMLHttpRequest"}, True),
+                ("cookies", {"HTTP_COOKIE": "a=1; bad; a=2; b=3"}, {"a": "1", "b": "3"}),
+                ("query", {"QUERY_STRING": "a=1;b=2&a=3&c"}, {"a": "3", "c": ""})):
+            with self.subTest(name=name, environ=environ):
+                self.assertEqual(getattr(Request(environ), name), expected)
+
+    def test_the_same_text_arrives_from_everywhere(self):
+        app = App()
+
+        @app.route("/echo/<path>", ["GET", "POST"])
+        def echo(request, path):
+            return {"values": [path, request.path[6:], request.query.a, request.query["a"],
+                               request.params.get("a"), request.forms.getunicode("a"),
+                               request.headers["X-A"], request.url_args["path"]]}
+
+        quoted = urllib.parse.quote(UNICODE)
+        for path, query in (("/echo/" + UNICODE, {"a": UNICODE}),
+                            ("/echo/%s?a=%s" % (quoted, quoted), None)):
+            answer = ask(app, path, "POST", query=query, form={"a": UNICODE},
+                         headers={"X-A": UNICODE})
+            self.assertEqual(answer.json, {"values": [UNICODE] * 8})
+
+    def test_wrong_utf_8_is_a_400_in_a_path_and_a_sign_elsewhere(self):
+        app = app_of(lambda: {"q": request.query.a, "f": request.forms.a, "c": request.cookies.a},
+                     method="POST")
+        self.assertEqual(ask(app, "/%ff", "POST").status_code, 400)
+        answer = ask(app, "/?a=%ff", "POST", body=b"a=\xff", headers={"Cookie": "a=1"})
+        self.assertEqual(answer.json, {"q": "\ufffd", "f": "\ufffd", "c": "1"})
+        raw = {"QUERY_STRING": "a=\xff\xc3\xb6", "HTTP_COOKIE": "a=\xff\xc3\xb6"}
+        self.assertEqual((Request(raw).query.a, Request(raw).cookies.a), ("\ufffdö", "\ufffdö"))
+
+    def test_json_is_read_by_its_type(self):
+        app = App()
+        app.post("/lax", callback=lambda request: {"got": request.json})
+        app.post("/strict", callback=lambda request: {"got": request.read_json()})
+        good, read = b'{"a": "\xc3\xb6"}', {"got": {"a": "ö"}}
+        for kind, body, lax, strict in (
+                ("application/json", good, read, read),
+                ("Application/JSON ; charset=x", good, read, read),
+                ("application/problem+json", good, {"got": None}, read),
+                ("text/plain;application/json", good, {"got": None}, 415),
+                ("application/json5", good, {"got": None}, 415), ("", good, {"got": None}, 415),
+                ("application/json", b"", {"got": None}, 400), ("application/json", b"{", 400, 400),
+                ("application/json", b"NaN", 400, 400), ("application/json", b"\xff", 400, 400),
+                ("application/json", b"[" * 100000, 400, 400),
+                ("application/json", b'"' + b"a" * (1 << 20) + b'"', 413, 413)):
+            for path, expected in (("/lax", lax), ("/strict", strict)):
+                answer = ask(app, path, "POST", body=body, headers={"Content-Type": kind})
+                with self.subTest(path=path, kind=kind, body=body[:9]):
+                    self.assertEqual(answer.json if answer.status_code == 200 else
+                                     answer.status_code, expected)
+
+    def test_the_body_is_a_file_at_its_start_each_time(self):
+        for size in (0, 10, 600 << 10):
+            data = os.urandom(size)
+            got = Request({"wsgi.input": io.BytesIO(data + b"next"), "CONTENT_LENGTH": str(size)})
+            for _ in "once", "again":
+                self.assertEqual(got.body.read(), data)
+            got.body.close()
+        self.assertEqual(Request({"wsgi.input": io.BytesIO(b"next")}).body.read(), b"")
+
+    def test_form_fields_have_limits_that_their_refusal_names(self):
+        app = app_of(lambda request: str(len(request.forms)), method="POST")
+        most = "&".join("a%d" % i for i in range(1000))
+        self.assertEqual(ask(app, method="POST", body=most).text, "1000")
+        for body, limit in ((most + "&a", "max_fields"), ("a" * 1048577, "max_form_memory")):
+            answer = ask(app, method="POST", body=body)
+            self.assertEqual((answer.status_code, limit in answer.text), (413, True))
+
+    def test_no_request_whatever_is_an_error_of_ours(self):
+        app, rng = App(), random.Random(9)
+        views = [name for name, kind in vars(Request).items() if isinstance(kind, property)]
+
+        @app.route("/<path:path>", ["GET", "PUT"])
+        def look(request, path):
+            name = rng.choice(views)
+            return [name + repr(getattr(request, name)), repr(dict(request.headers))]
+        keys = ("QUERY_STRING HTTP_COOKIE HTTP_A HTTP_HOST CONTENT_LENGTH CONTENT_TYPE SCRIPT_NAME "
+                "SERVER_PORT PATH_INFO").split()
+        for _ in range(1000):
+            more = {key: "".join(rng.choices("ab/%&=;:\"\\ 0\xc3\xb6\xff", k=rng.randint(0, 9)))
+                    for key in keys}
+            more["PATH_INFO"] = "/" + more["PATH_INFO"]
+            more["CONTENT_TYPE"] = rng.choice((more["CONTENT_TYPE"], "application/json"))
+            more["wsgi.input"] = io.BytesIO(b"{a=\xff")
+            started = []
+            out = app(environ_of(method=rng.choice(("GET", "PUT", "POST")), **more),
+                      lambda *args: started.append(args[0][:3]))
+            b"".join(out)
+            self.assertIn(started, (["200"], ["400"], ["404"], ["405"]), more)
+
+    def test_attributes_are_kept_in_the_environ_and_set_once(self):
+        environ = {}
+        Request(environ).user = "Ada"
+        self.assertEqual(Request(environ).user, "Ada")
+        with self.assertRaises(AttributeError):
+            Request(environ).user = "Bob"
+        del Request(environ).user
+        for action in (lambda: Request(environ).user, lambda: delattr(Request(environ), "user")):
+            with self.assertRaises(AttributeError):
+                action()
+
+    def test_what_a_request_is_made_of_cannot_be_set_to_no_effect(self):
+        for name in ("path", "method", "json", "forms"):
+            with self.subTest(name=name), self.assertRaises(AttributeError):
+                setattr(Request({}), name, "x")
+
+
+class ResponseTest(UnitTest):
+
+    def test_a_status_is_a_number_or_a_line(self):
+        for given, line, code in ((200, "200 OK", 200), (404, "404 Not Found", 404),
+                                  ("404 Brain not found", "404 Brain not found", 404),
+                                  (999, "999 Unknown", 999), (418, "418 I'm a teapot", 418)):
+            answer = Response(status=given)
+            self.assertEqual((answer.status, answer.status_line, answer.status_code),
+                             (line, line, code))
+        for bad in (99, 1000, -200, "404", "40 X", "4040 X", "abc X", "", "200 ö", "٢٠٠ X",
+                    "200 ", "200  "):
+            answer = Response()
+            with self.subTest(bad=bad), self.assertRaises(ValueError):
+                answer.status = bad
+
+    def test_headers_are_read_set_and_added(self):
+        answer = Response("", 200, {"x_a": 1}, X_B="2")
+        answer.add_header("x-a", 3)
+        answer["X-C"] = None
+        answer.content_type = "text/plain; Charset=\"latin-1\""
+        answer.content_length = 5
+        self.assertEqual(answer.headerlist, list(answer.iter_headers()))
+        self.assertEqual(answer.headerlist, [
+            ("X-A", "1"), ("X-A", "3"), ("X-B", "2"), ("X-C", ""),
+            ("Content-Type", 'text/plain; Charset="latin-1"'), ("Content-Length", "5")])
+        self.assertEqual((answer.charset, answer.content_length, answer.get_header("x-b"),
+                          "x-c" in answer), ("latin-1", 5, "2", True))
+        del answer["x-A"]
+        answer.set_header("X-b", 4)
+        self.assertEqual((answer.get_header("X-A", 5), answer["x-b"]), (5, "4"))
+        self.assertEqual((Response().content_type, Response().content_length, Response().charset),
+                         ("", -1, "UTF-8"))
+
+    def test_headers_of_another_answer_are_taken_over_with_all_their_values(self):
+        first = Response()
+        for value in "12":
+            first.add_header("Link", value)
+        for headers in (first.headerlist, first.headers):
+            self.assertEqual(Response("", 200, headers).headers.getall("Link"), ["1", "2"])
+
+    def test_each_status_has_only_the_headers_it_may_have(self):
+        """RFC 9110 15.3.5 and 15.4.5."""
+        for status, left in ((204, {"Etag"}), (304, {"Etag"}), (200, {"Etag", "Content-Type",
+                                                                     "Last-Modified"})):
+            answer = Response("", status, Etag='"x"', Content_Type="a/b")
+            if status != 204:
+                answer.set_header("Last-Modified", "x")
+            self.assertEqual({name for name, _ in answer.headerlist}, left)
+
+    def test_a_hostile_content_type_takes_linear_time(self):
+        answer = Response()
+        for text in ("a" * 20000, "a=" * 10000, '="' * 10000, "; " * 10000):
+            answer.content_type = "text/plain; " + text
+            with self.subTest(text=text[:4]):
+                self.assertQuick(lambda: answer.charset)
+
+    def test_redirects_are_relative_and_percent_encoded(self):
+        for url, code, expected in (("/a b?c=d&e#f", None, "303 /a%20b?c=d&e#f"),
+                                    ("//x/ö", 301, "301 //x/%C3%B6"), ("a%20b", 308, "308 a%20b"),
+                                    ("http://[::1]:80/", 302, "302 http://[::1]:80/")):
+            answer = answer_of(lambda: redirect(url, code))
+            self.assertEqual("%d %s" % (answer.status_code, answer.headers["Location"]), expected)
+
+
+class ContextTest(UnitTest):
+    """`request` and `response` are those of the code that runs, however it is interleaved."""
+
+    def setUp(self):
+        self.app = App()
+
+        @self.app.route("/list/<id>")
+        def plain(id):
+            response.set_header("X-Id", id)
+            return [request.query.id, " ", request.url_args["id"]]
+
+        @self.app.route("/generator/<id>")
+        def generator(id):
+            response.set_header("X-Id", id)
+            yield request.query.id
+            yield " "
+            yield request.url_args["id"] if response.get_header("X-Id") == id else "mixed up"
+
+        @self.app.route("/nested/<id>")
+        def nested(id):
+            response.set_header("X-Id", id)
+            inner = TestClient(self.app).get("/generator/inner?id=inner")
+            own = request.query.id + " " + request.url_args["id"]
+            return inner.text.replace("inner inner", own)
+
+    def begin(self, kind, id):
+        """Call the application; its answer is to be pulled later."""
+        environ = environ_of("/%s/%s" % (kind, id), QUERY_STRING="id=" + id)
+        head = []
+        return id, head, self.app(environ, lambda *args: head.append(args))
+
+    def check(self, id, head, pieces):
+        self.assertEqual(dict(head[0][1])["X-Id"], id)
+        self.assertEqual(b"".join(pieces).decode(), id + " " + id)
+
+    def test_200_interleaved_handlers_read_back_their_own_id(self):
+        rng = random.Random(8)
+        begun = [self.begin(rng.choice(("list", "generator", "nested")), str(i)) + ([],)
+                 for i in range(200)]
+        todo = [(iter(out), pieces) for _, _, out, pieces in begun]
+        while todo:
+            step, pieces = pair = rng.choice(todo)
+            try:
+                pieces.append(next(step))
+            except StopIteration:
+                todo.remove(pair)
+        for id, head, _, pieces in begun:
+            self.check(id, head, pieces)
+
+    def test_threads_read_back_their_own_id(self):
+        begun, barrier = [], threading.Barrier(20)
+
+        def work(number):
+            barrier.wait(10)
+            for i in range(10):
+                id, head, out = self.begin(("list", "generator", "nested")[i % 3], str(number + i))
+                begun.append((id, head, list(out)))
+        threads = [threading.Thread(target=work, args=(i * 100,)) for i in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(len(begun), 200)
+        for done in begun:
+            self.check(*done)
+
+    def test_an_abandoned_generator_leaves_nothing_behind(self):
+        _, _, out = self.begin("generator", "1")
+        next(out)
+        out.close()
+        self.assertEqual(ask(self.app, "/list/2?id=2").text, "2 2")
+        with self.assertRaises((RuntimeError, KeyError)):
+            request.url_args["id"]
+
+    def test_a_thread_without_a_request_is_told_so(self):
+        caught = []
+
+        def look():
+            for thing, name in ((request, "path"), (response, "status")):
+                try:
+                    getattr(thing, name)
+                except RuntimeError as error:
+                    caught.append(str(error))
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        self.assertEqual(len(caught), 2)
+
+    def test_every_step_of_a_generator_runs_in_one_context(self):
+        """PEP 567: what its first step sets, the others see (decimal.localcontext is one)."""
+        variable = contextvars.ContextVar("variable")
+
+        def steps():
+            token = variable.set("kept")
+            yield "a "
+            yield variable.get("lost")
+            variable.reset(token)
+        self.assertEqual(answer_of(steps).text, "a kept")
+
+
+# === 7. Files and gzip ========================================================
+
+HTML = ("Content-Type", "text/html")
+
+
+class NegotiationTest(UnitTest):
+    """RFC 9110 12.5.3, 12.5.5 and 8.8.1."""
+
+    def test_q_values_are_honoured(self):
+        for header, expected in (
+                ("", False), ("gzip", True), ("GZip", True), ("x-gzip", True), ("*", True),
+                ("deflate, br", False), ("gzip;q=0", False), ("gzip;q=0.000", False),
+                ("gzip;q=0.001, identity;q=0", True), ("gzip ; Q=1.0", True), ("*;q=0, gzip", True),
+                ("gzip;q=0, *", False), ("identity, gzip;q=0.5", False), ("gzipped", False),
+                ("identity;q=0.5, *", True), ("gzip;q=1.1", False), ("gzip;q=0.5x", False),
+                ("br;q=1, \tgzip;q=0.8 ,*;q=0.1", True)):
+            with self.subTest(header=header):
+                self.assertIs(accepts_gzip(header), expected)
+        for text in (" ", ",", "a", ";q=", "a;q=0.1,"):
+            self.assertQuick(accepts_gzip, text * (32768 // len(text)))
+
+    def negotiate(self, *headers, status="200 OK", length=5000, accept="gzip", **environ):
+        environ["HTTP_ACCEPT_ENCODING"] = accept
+        made, compress = negotiate_gzip(environ, status, list(headers), length, 1000)
+        return [(name.lower(), value) for name, value in made], compress
+
+    def test_what_is_compressed(self):
+        for kind in ("text/html", "TEXT/plain; charset=x", "application/json", "text/event-stream",
+                     "application/problem+json", "image/svg+xml", "application/javascript"):
+            with self.subTest(kind=kind):
+                self.assertTrue(self.negotiate(("content-type", kind))[1])
+        self.assertTrue(self.negotiate(HTML, length=None)[1])
+        self.assertTrue(self.negotiate(HTML, ("Content-Length", "1000"), length=None)[1])
+
+    def test_what_is_left_alone(self):
+        for headers, options in (
+                ([], {}), ([("Content-Type", "image/png")], {}),
+                ([("Content-Type", "application/octet-stream")], {}), ([HTML], {"length": 999}),
+                ([HTML, ("Content-Length", "999")], {"length": None}),
+                ([HTML], {"status": "204 No Content"}), ([HTML], {"status": "206 Partial Content"}),
+                ([HTML], {"status": "304 Not Modified"}), ([HTML, ("content-encoding", "br")], {}),
+                ([HTML, ("Content-Range", "bytes 0-5/6")], {}),
+                ([HTML], {"minibottle.gzip": False}),
+                ([HTML, ("Cache-Control", "public, No-Transform")], {}),
+                ([HTML, ("Cache-Control", "no-transform"), ("Cache-Control", "private")], {})):
+            with self.subTest(headers=headers, options=options):
+                made, compress = self.negotiate(*headers, **options)
+                self.assertEqual((compress, made), (False, [(n.lower(), v) for n, v in headers]))
+
+    def test_what_depends_on_the_client_says_so(self):
+        for accept in ("gzip", "br"):
+            for vary, expected in (
+                    ([], "Accept-Encoding"), (["Cookie"], "Cookie, Accept-Encoding"), (["*"], "*"),
+                    (["cookie, accept-encoding"], "cookie, accept-encoding"),
+                    (["Cookie", "Origin"], "Cookie, Origin, Accept-Encoding")):
+                made, _ = self.negotiate(HTML, *(("Vary", value) for value in vary), accept=accept)
+                with self.subTest(accept=accept, vary=vary):
+                    self.assertEqual(", ".join(v for n, v in made if n == "vary"), expected)
+
+    def test_other_bytes_have_another_length_and_a_weak_tag(self):
+        for tag, expected in (('"x"', 'W/"x"'), ('W/"x"', 'W/"x"')):
+            made, _ = self.negotiate(HTML, ("ETag", tag), ("Content-Length", "5000"))
+            made = dict(made)
+            self.assertEqual((made["etag"], "content-length" in made, made["content-encoding"]),
+                             (expected, False, "gzip"))
+        made, _ = self.negotiate(HTML, ("ETag", '"x"'), accept="")
+        self.assertIn(("etag", '"x"'), made)
+
+
+class GzipMiddlewareTest(UnitTest):
+    PIECES = [UNICODE.encode() * 50, b"", b"<p>" * 999, os.urandom(99)]
+
+    def respond(self, environ, start_response):
+        start_response("200 OK", [HTML])
+        return self.PIECES
+
+    def late(self, environ, start_response):
+        start_response("200 OK", [HTML])
+        yield from self.PIECES
+
+    def write(self, environ, start_response):
+        write = start_response("200 OK", [HTML])
+        for piece in self.PIECES[:3]:
+            write(piece)
+        return self.PIECES[3:]
+
+    def whole(self, environ, start_response):
+        body = b"".join(self.PIECES)
+        start_response("200 OK", [HTML, ("Content-Length", str(len(body)))])
+        return [body]
+
+    def test_any_application_is_compressed_whole_and_stays_valid(self):
+        for app in (self.respond, self.late, self.write, self.whole):
+            client = TestClient(validator(GzipMiddleware(validator(app))))
+            for method in ("GET", "HEAD"):
+                with self.subTest(app=app.__name__, method=method):
+                    if method == "HEAD" and app != self.whole:
+                        continue  # these send a body, which the validator does not look at
+                    plain = client.request(method, "/")
+                    packed = client.request(method, "/", {"Accept-Encoding": "gzip"})
+                    self.assertEqual(packed.headers["Content-Encoding"], "gzip")
+                    self.assertEqual((plain.headers["Vary"], packed.headers["Vary"]),
+                                     ("Accept-Encoding",) * 2)
+                    if method == "GET":
+                        self.assertEqual(plain.body, b"".join(self.PIECES))
+                        self.assertEqual(gzip.decompress(packed.body), plain.body)
+                        self.assertLess(len(packed.body), len(plain.body))
+                        self.assertEqual(packed.headers.get("Content-Length",
+                                                            len(packed.body)), len(packed.body))
+
+    def test_each_piece_can_be_read_as_it_comes(self):
+        out = GzipMiddleware(self.late)({"REQUEST_METHOD": "GET", "HTTP_ACCEPT_ENCODING": "gzip"},
+                                        lambda *args: None)
+        reader, got = zlib.decompressobj(31), []
+        for piece in out:
+            got.append(reader.decompress(piece))
+        self.assertEqual([piece for piece in got if piece], [p for p in self.PIECES if p])
+
+    def run_middleware(self, app, start_response=lambda *args: None):
+        return GzipMiddleware(app)({"REQUEST_METHOD": "GET", "HTTP_ACCEPT_ENCODING": "gzip"},
+                                   start_response)
+
+    def test_what_it_wraps_is_closed_once(self):
+        for pieces, error in (((b"a" * 5000, b"b"), None), ((), None),
+                              ((b"a", ZeroDivisionError()), ZeroDivisionError)):
+            inner = Closable(pieces)
+
+            def app(environ, start_response):
+                start_response("200 OK", [HTML])
+                return inner
+            out = self.run_middleware(app)
+            with self.assertRaises(error) if error else self.subTest():
+                list(out)
+            out.close()
+            self.assertEqual(inner.closed, 1)
+
+    def test_what_fails_before_its_head_is_closed_too(self):
+        for pieces, error in (((ZeroDivisionError(),), ZeroDivisionError), ((b"a",), RuntimeError)):
+            inner = Closable(pieces)
+            with self.assertRaises(error):
+                self.run_middleware(lambda environ, start_response: inner)
+            self.assertEqual(inner.closed, 1)
+
+    def test_exc_info_after_the_head_reaches_the_server(self):
+        """PEP 3333: a server that has sent the head raises it, and so breaks the answer off."""
+        def app(environ, start_response):
+            start_response("200 OK", [HTML])
+            yield b"a"
+            try:
+                raise ZeroDivisionError
+            except ZeroDivisionError:
+                start_response("500 Oops", [HTML], sys.exc_info())
+            yield b"as if nothing had happened"
+
+        def start_response(status, headers, exc_info=None):
+            if exc_info:
+                raise exc_info[1]
+        with self.assertRaises(ZeroDivisionError):
+            list(self.run_middleware(app, start_response))
+
+
+# === 8. Router ================================================================
+
+class RouterTest(UnitTest):
+
+    def app_of_rules(self, *rules, method="GET", filters=()):
+        """Each route answers its rule and its arguments."""
+        app = App()
+        for name, func in dict(filters).items():
+            app.router.add_filter(name, func)
+        for rule in rules:
+            app.route(rule, method, functools.partial(lambda rule, **args: {
+                "rule": rule, "args": args}, rule))
+        return app
+
+    def get(self, app, path, method="GET"):
+        """(rule, arguments), or the status of an error."""
+        answer = ask(app, path, method)
+        return (answer.json["rule"], answer.json["args"]) if answer.status_code == 200 \
+            else answer.status_code
+
+    def test_every_form_of_a_rule(self):
+        for rule, path, expected in (
+                ("/", "/", {}), ("/", "", {}), ("/a/b", "/a/b", {}), ("/a", "/a/", 404),
+                ("/a", "//a", 404), ("/ö b", "/ö b", {}), ("/a.b", "/axb", 404),
+                ("/<x>", "/ö b", {"x": "ö b"}), ("/<x>", "/", 404), ("/<x>", "/a/b", 404),
+                ("/<x>/", "/a/", {"x": "a"}), ("/<x>/<y>", "/a/b", {"x": "a", "y": "b"}),
+                ("/<x>-<y>.txt", "/a-b-c.txt", {"x": "a-b", "y": "c"}), ("/a<x>", "/b", 404),
+                ("/<n:int>", "/-05", {"n": -5}), ("/<n:int>", "/5.0", 404),
+                ("/<n:int>", "/٣", 404), ("/<n:int>", "/5%0A", 404),
+                ("/<n:float>", "/-.5", {"n": -0.5}), ("/<n:float>", "/1.2.3", 400),
+                ("/<n:float>", "/1e5", 404), ("/<p:path>", "/a/b/", {"p": "a/b/"}),
+                ("/a/<p:path>/z", "/a/b/z/z", {"p": "b/z"}), ("/a/<p:path>", "/a/", 404),
+                ("/<x:re:[a-z]+>", "/ab", {"x": "ab"}), ("/<x:re:[a-z]+>", "/aB", 404),
+                ("/<x:re:a*>", "/", {"x": ""}), ("/<x:re:(a|b)(?:c)>", "/bc", {"x": "bc"}),
+                (r"/<x:re:[^\>]+>", "/a/b", {"x": "a/b"}), (r"/<x:re:\d{2}>", "/12", {"x": "12"}),
+                ("/<x:re>", "/ab", {"x": "ab"}), ("/<:int>/<x>", "/5/a", {"x": "a"}),
+                ("/<:re:[0-9]>", "/5", {}), (r"/\<x>", "/<x>", {}), (r"/\<x>", "/a", 404),
+                (r"/a\<b>/<x>", "/a<b>/c", {"x": "c"}), ("/<x", "/<x", {}), ("/a:b", "/a:b", {})):
+            with self.subTest(rule=rule, path=path):
+                got = self.get(self.app_of_rules(rule), path)
+                self.assertEqual(got[1] if type(got) is tuple else got, expected)
+
+    def test_bad_rules_are_refused(self):
+        for rule in ("/<x:nothing>", "/<x>/<x>", "/<x:re:[>", "/<x:re:(>", "/<x:re:a{2,1}>"):
+            with self.subTest(rule=rule), self.assertRaises(RouteSyntaxError):
+                self.app_of_rules(rule)
+
+    def test_custom_filters_convert_both_ways_and_may_span_segments(self):
+        def convert(value):
+            if value == "key":
+                raise KeyError(value)
+            return [int(part) for part in value.split("/")]
+        rule = "/<x:list:[0-9a-z/]+>/end"
+        app = self.app_of_rules(rule, filters={"list": lambda config: (
+            config, convert, lambda value: "/".join(map(str, value)))})
+        self.assertEqual(self.get(app, "/1/2/3/end"), (rule, {"x": [1, 2, 3]}))
+        self.assertEqual(self.get(app, "/bad/end"), 400)
+        with self.assertLogged():
+            self.assertEqual(self.get(app, "/key/end"), 500)
+        self.assertEqual(app.get_url(rule, x=[4, 5]), "/4/5/end")
+
+    def test_rules_are_tried_in_their_order_but_static_ones_first(self):
+        app = self.app_of_rules("/<x:int>", "/<x>", "/5/<y>", "/<x:path>", "/a", "/<x:re:.*>")
+        for path, rule in (("/5", "/<x:int>"), ("/b", "/<x>"), ("/a", "/a"), ("/5/6", "/5/<y>"),
+                           ("/6/7", "/<x:path>"), ("/", "/<x:re:.*>")):
+            with self.subTest(path=path):
+                self.assertEqual(self.get(app, path)[0], rule)
+
+    def test_methods_are_asked_in_bottles_order(self):
+        app = App()
+        for path, method in (("/t", "ANY"), ("/<x>", "GET"), ("/p", "PROXY"), ("/p", "GET"),
+                             ("/h", "HEAD"), ("/h", "GET"), ("/a", "any"), ("/f", "foo")):
+            app.route(path, method, lambda method=method, **args: [response.set_header(
+                "X-Method", method)] and method)
+        for path, method, expected in (
+                ("/t", "GET", "GET"), ("/t", "POST", "ANY"), ("/t", "HEAD", "GET"),
+                ("/p", "GET", "PROXY"), ("/p", "DELETE", "PROXY"), ("/h", "HEAD", "HEAD"),
+                ("/a", "PUT", "any"), ("/f", "FOO", "foo"), ("/f", "GET", "GET")):
+            with self.subTest(path=path, method=method):
+                self.assertEqual(ask(app, path, method).headers["X-Method"], expected)
+
+    def test_a_route_that_comes_later_counts_from_then_on(self):
+        app = App()
+        for path, method, expected in (("/<x>", "ANY", "wild"), ("/a", "ANY", "any"),
+                                       ("/a", "GET", "get"), ("/a", "PROXY", "proxy")):
+            app.route(path, method, lambda x=None, text=expected: text)
+            for _ in "first", "again":
+                self.assertEqual(ask(app, "/a").text, expected)
+
+    def test_methods_that_nobody_has_heard_of_leave_nothing_behind(self):
+        app = app_of(lambda: "x", method="ANY")
+        sizes = []
+        for start in (0, 1000, 2000):
+            for i in range(start, start + 1000):
+                b"".join(app(environ_of(method="M%d" % i), lambda *args: None))
+            sizes.append(sys.getallocatedblocks())
+        self.assertLess(sizes[2] - sizes[1], 100)
+
+    def test_an_equal_rule_replaces_the_first_at_its_place(self):
+        app = self.app_of_rules("/s", "/d/<a>", "/d/<x:re:.*>", "/s", "/d/<b>")
+        self.assertEqual((self.get(app, "/d/1"), self.get(app, "/s")[0]),
+                         (("/d/<b>", {"b": "1"}), "/s"))
+        self.assertEqual(len(app.routes), 5)
+        app.route("/s", callback=lambda: {"rule": "new", "args": {}})
+        self.assertEqual(self.get(app, "/s")[0], "new")
+
+    def test_urls_are_built_percent_encoded_and_lead_back(self):
+        app = self.app_of_rules("/a b/<x>/<n:int>", "/<p:path>.html")
+        for rule, args, expected in (
+                ("/a b/<x>/<n:int>", {"x": "c/ö?#%", "n": "05"}, "/a%20b/c%2F%C3%B6%3F%23%25/5"),
+                ("/<p:path>.html", {"p": "a/b c"}, "/a/b%20c.html"),
+                ("/<p:path>.html", {"p": "a", "q": [1, 2], "r": "ö&"},
+                 "/a.html?q=1&q=2&r=%C3%B6%26")):
+            self.assertEqual(app.get_url(rule, **args), expected)
+        for value in ("a", "ö b", "%", "?#&;=+", UNICODE, "..."):
+            path = app.get_url("/a b/<x>/<n:int>", x=value, n=1)
+            self.assertEqual(self.get(app, path), ("/a b/<x>/<n:int>", {"x": value, "n": 1}))
+        for rule, args in (("/a b/<x>/<n:int>", {"x": 1}), ("nothing", {})):
+            with self.assertRaises(RouteBuildError):
+                app.get_url(rule, **args)
+
+    def test_urls_have_names_and_the_prefix_of_their_application(self):
+        app = App()
+        app.route("/x/<y>", name="named", callback=lambda y: app.get_url("named", y=y))
+        out = app(environ_of("/x/1", SCRIPT_NAME="/app"), lambda *args: None)
+        self.assertEqual(b"".join(out), b"/app/x/1")
+
+    def test_matching_is_no_more_work_with_10_000_routes_than_with_10(self):
+        work = []
+        for count in (10, 10000):
+            app = App()
+            for i in range(count):
+                app.router.add("/r%d/<x>/edit" % i, "GET", i)
+            found = []
+            for path in ("/r%d/y/edit" % (count - 1), "/nothing/y/edit"):
+                self.count_steps(app.router.find, "GET", path)  # may compile
+                found.append(self.count_steps(app.router.find, "GET", path))
+            work.append(found)
+        for few, many in zip(*work):
+            self.assertLess(many, few + 50)
+
+    def count_steps(self, function, *args):
+        """How many instructions of Python's it takes: no clock, so the same on every machine."""
+        count = 0
+
+        def on_event(frame, event, arg):
+            nonlocal count
+            frame.f_trace_opcodes = True
+            count += event == "opcode"
+            return on_event
+        sys.settrace(on_event)
+        try:
+            function(*args)
+        finally:
+            sys.settrace(None)
+        return count
+
+    def test_2_000_routes_are_registered_without_compiling_them(self):
+        app = App()
+        with mock.patch.object(re, "compile") as compile:
+            for i in range(2000):
+                app.route("/r%d/<x>/<n:int>" % i, callback=lambda x, n: x)
+        self.assertEqual(compile.call_count, 0)
+        self.assertEqual(ask(app, "/r1999/a/5").text, "a")
+
+
+# === 9. App ===================================================================
+
+JSON, TEXT_HTML = "application/json", "text/html; charset=UTF-8"
+RETURNED = [  # (what makes the value, status, content type, body)
+    (lambda: "ö", 200, TEXT_HTML, "ö".encode()),
+    (lambda: "", 200, TEXT_HTML, b""),
+    (lambda: None, 200, TEXT_HTML, b""),
+    (lambda: b"\xff", 200, TEXT_HTML, b"\xff"),
+    (lambda: bytearray(b"a"), 200, TEXT_HTML, b"a"),
+    (lambda: memoryview(b"ab")[1:], 200, TEXT_HTML, b"b"),
+    (lambda: {"a": "ö"}, 200, JSON, None),
+    (lambda: {}, 200, JSON, b"{}"),
+    (lambda: [], 200, JSON, b"[]"),
+    (lambda: [1, {"a": None}], 200, JSON, b'[1, {"a": null}]'),
+    (lambda: ["a", b"b", "ö"], 200, TEXT_HTML, "abö".encode()),
+    (lambda: (b"a", "b"), 200, TEXT_HTML, b"ab"),
+    (lambda: (), 200, TEXT_HTML, b""),
+    (lambda: (text for text in ("", "a", b"b", "")), 200, TEXT_HTML, b"ab"),
+    (lambda: iter([b"", b""]), 200, TEXT_HTML, b""),
+    (lambda: Closable(["a", "ö"]), 200, TEXT_HTML, "aö".encode()),
+    (lambda: map(str, range(3)), 200, TEXT_HTML, b"012"),
+    (lambda: open(FILE, "rb"), 200, TEXT_HTML, SOURCE),
+    (lambda: io.BytesIO(b"ab"), 200, TEXT_HTML, b"ab"),
+    (lambda: HTTPResponse("a", 201), 201, TEXT_HTML, b"a"),
+    (lambda: HTTPResponse({"a": 1}, 202, Content_Type=JSON), 202, JSON, b'{"a": 1}'),
+    (lambda: HTTPResponse(iter(["a", "b"]), "299 Odd"), 299, TEXT_HTML, b"ab"),
+    (lambda: Response("a", 203), 203, TEXT_HTML, b"a"),
+    (lambda: response, 200, TEXT_HTML, b""),
+    (lambda: HTTPError(422, {"a": 1}), 422, JSON, b'{"a": 1}'),
+    (lambda: HTTPResponse("a", 204), 204, None, b""),
+    (lambda: HTTPResponse("", 304, Etag='"x"'), 304, None, b""),
+    (lambda: HTTPResponse(Closable(["a"]), 204), 204, None, b""),
+]
+
+
+class ReturnedValueTest(UnitTest):
+    """PEP 3333, as wsgiref.validate reads it: each kind of value, returned and raised."""
+
+    def test_every_kind_of_value_becomes_a_valid_answer(self):
+        for i, (make, status, kind, body) in enumerate(RETURNED):
+            with self.subTest(i=i, status=status):
+                answer = answer_of(make)
+                self.assertEqual((answer.status_code, answer.headers.get("Content-Type")),
+                                 (status, kind))
+                self.assertEqual(answer.body, answer.body if body is None else body)
+                length = answer.headers.get("Content-Length")
+                self.assertIn(length, (None, str(len(answer.body))))
+                head = answer_of(make, method="HEAD")
+                self.assertEqual((head.status, head.body), (answer.status, b""))
+                self.assertEqual(list(head.headers.allitems()), list(answer.headers.allitems()))
+
+    def test_a_response_may_be_raised_wherever_it_may_be_returned(self):
+        for make, status, _, body in RETURNED:
+            if status in (200, 203):  # 203 is a Response, which is no exception
+                continue
+
+            def function():
+                raise make()
+
+            def generator():
+                raise make()
+                yield
+            for callback in function, generator:
+                answer = answer_of(callback)
+                self.assertEqual((answer.status_code, answer.body), (status, body))
+
+    def test_what_cannot_be_sent_is_a_500_and_logged_once(self):
+        def broken():
+            raise ZeroDivisionError
+            yield
+        for make in (lambda: 5, lambda: True, object, lambda: ["a", 5], lambda: (5,),
+                     lambda: iter([5]), lambda: "\ud800", lambda: 1 // 0, broken,
+                     lambda: HTTPResponse(object()),
+                     lambda: HTTPResponse({"a": object()}),
+                     lambda: iter(["\ud800"])):
+            with self.subTest(make=make), self.assertLogged():
+                answer = answer_of(lambda: make())
+                self.assertEqual(answer.status_code, 500)
+                self.assertIn("500 Internal", answer.text)
+                self.assertNotIn("Traceback", answer.text)
+
+    def test_text_is_sent_in_the_charset_that_is_announced(self):
+        for value in ("ö", iter(["ö"]), HTTPResponse("ö"), ["ö"]):
+            def callback():
+                response.content_type = "text/plain; charset=latin-1"
+                return value
+            self.assertEqual(answer_of(callback).body, b"\xf6")
+
+    def test_the_code_before_the_first_piece_may_set_the_head(self):
+        def generator():
+            response.status = 201
+            response.set_header("X-A", "1")
+            yield ""
+            response.set_cookie("a", "b")
+            yield "a"
+        answer = answer_of(generator)
+        self.assertEqual((answer.status_code, answer.headers["X-A"], answer.headers["Set-Cookie"]),
+                         (201, "1", "a=b"))
+
+    def test_an_iterator_is_closed_once_however_the_answer_ends(self):
+        for pieces, options, error in (
+                (("a", "b"), {}, None), ((), {}, None), (("a", "b"), {"method": "HEAD"}, None),
+                ((ZeroDivisionError(),), {}, None), ((5,), {}, None),
+                (("a", ZeroDivisionError()), {}, ZeroDivisionError),
+                ((HTTPResponse("x"),), {}, None), ((HTTPError(404),), {}, None)):
+            for wrap in (lambda value: value, HTTPResponse):
+                made = Closable(pieces)
+                with self.assertRaises(error) if error else self.subTest(pieces=pieces):
+                    answer_of(lambda: wrap(made), **options)
+                self.assertEqual(made.closed, 1, pieces)
+
+    def test_a_file_is_closed_and_so_is_what_status_or_server_refuse(self):
+        def refuse(*args):
+            raise ValueError("the server does not want it")
+        for status, start in ((200, None), (304, None), (200, refuse)):
+            made = [open(FILE, "rb"), Closable(["a"])]
+            for value in made:
+                app = app_of(lambda: HTTPResponse(value, status))
+                try:
+                    out = app(environ_of(), start or (lambda *args: None))
+                    getattr(out, "close", lambda: None)()
+                except ValueError:
+                    pass
+                with self.subTest(value=value, status=status, start=start):
+                    self.assertTrue(value.closed)
+                    value.close()
+
+    def test_a_file_is_closed_when_a_hook_answers_instead(self):
+        for hook in (lambda: abort(503), lambda: 1 // 0):
+            file = open(FILE, "rb")
+            app = app_of(lambda: file)
+            app.hook("after_request")(hook)
+            ask(app)
+            self.assertTrue(file.closed)
+            file.close()
+
+    def test_a_large_body_leaves_no_temporary_file_open(self):
+        kept = []
+        app = app_of(lambda request: kept.append(request.body), method="POST")
+        self.assertEqual(ask(app, method="POST", body=b"a" * (600 << 10)).status_code, 200)
+        self.assertTrue(kept[0].closed)
+        app = app_of(lambda request: request.body, method="POST")
+        self.assertEqual(len(ask(app, method="POST", body=b"a" * (600 << 10)).body), 600 << 10)
+
+
+class ErrorTest(UnitTest):
+
+    def test_errors_say_why_and_nothing_gets_into_their_html(self):
+        app = app_of(lambda request: abort(int(request.query.a), request.query.b))
+        for code, line in ((404, "404 Not Found"), (599, "599 Unknown"), (418, "418 I'm a teapot")):
+            answer = ask(app, "/", query={"a": code, "b": "<b>ö\"'&"})
+            self.assertEqual(answer.status, line)
+            self.assertIn("<b>ö\"'&", html.unescape(answer.text))
+            self.assertNotIn("<b>", answer.text)
+        self.assertNotIn(b"<x>", ask(app, "/<x>").body)
+        page = answer_of(lambda: HTTPError("404 <i>", "x")).text
+        self.assertNotIn("<i>", page)
+
+    def test_an_error_handler_gives_the_page_and_may_change_the_answer(self):
+        app = app_of(lambda: abort(404, "here"))
+        for handler, status, kind, body in (
+                (lambda error: error.body + error.status, 404, TEXT_HTML, b"here404 Not Found"),
+                (lambda error: {"error": error.status_code}, 404, JSON, b'{"error": 404}'),
+                (lambda error: iter(["a", "b"]), 404, TEXT_HTML, b"ab"),
+                (lambda error: HTTPResponse("moved", 303, Location="/x"), 303, TEXT_HTML, b"moved"),
+                (lambda error: HTTPError(410, "gone"), 410, TEXT_HTML, b"gone"),
+                (lambda error: setattr(response, "status", 200) or "ok", 200, TEXT_HTML, b"ok")):
+            app.error(404, handler)
+            answer = ask(app)
+            with self.subTest(body=body):
+                self.assertEqual((answer.status_code, answer.headers["Content-Type"], answer.body),
+                                 (status, kind, body))
+        app.error(404, lambda error: HTTPError(410))
+        self.assertNotIn("None", ask(app).text)
+
+    def test_an_error_handler_that_fails_costs_its_page_and_a_log_line(self):
+        def broken(error):
+            raise ZeroDivisionError
+            yield
+
+        def charset(error):
+            response.content_type = "text/plain; charset=klingon"
+            return "x"
+        for code in (404, 500):
+            for handler in (
+                    lambda error: 1 // 0, lambda error: object(),
+                    lambda error: {"a": float("nan")}, lambda error: "\ud800", broken, charset,
+                    lambda error: error):
+                app = app_of(lambda: HTTPError(code))
+                app.error(code, handler)
+                with self.subTest(code=code, handler=handler):
+                    with self.assertLogs("minibottle", "ERROR"):
+                        answer = ask(app)
+                    self.assertEqual(answer.status_code, 500)
+                    self.assertIn("500 Internal", answer.text)
+
+    def test_without_catchall_exceptions_go_on(self):
+        app = app_of(lambda: 1 // 0, catchall=False)
+        with self.assertRaises(ZeroDivisionError):
+            app(environ_of(), lambda *args: None)
+        self.assertEqual(ask(app, "/nothing").status_code, 404)
+
+    def test_an_exit_is_no_error_of_the_request(self):
+        for kind in (SystemExit, KeyboardInterrupt):
+            def callback():
+                raise kind
+            with self.assertRaises(kind):
+                app_of(callback)(environ_of(), lambda *args: None)
+
+    def test_what_a_server_may_leave_out_of_an_environ_is_empty(self):
+        """PEP 3333: a variable that is empty may be missing."""
+        started = []
+        environ = {"REQUEST_METHOD": "GET"}
+        out = app_of(lambda: request.url)(environ, lambda *args: started.append(args[0]))
+        self.assertEqual((started, b"".join(out)), (["200 OK"], b"http://127.0.0.1/"))
+
+    def test_it_works_without_standard_streams(self):
+        with mock.patch.multiple(sys, stdout=None, stderr=None):
+            app = app_of(lambda request: 1 // int(request.query.a))
+            client = TestClient(app)
+            got = [client.get(path).status_code for path in ("/?a=0", "/?a=x", "/x")]
+        self.assertEqual(got, [500, 500, 404])
+
+
+class HookTest(UnitTest):
+
+    def test_hooks_run_around_everything_in_their_order(self):
+        app, seen = App(), []
+        app.route("/ok", callback=lambda: seen.append("call"))
+        app.route("/raises", callback=lambda: 1 // 0)
+        for name in ("before_request", "after_request"):
+            for i in (1, 2):
+                app.hook(name)(lambda name=name, i=i: seen.append(name[:1] + str(i)))
+        for path, method, call in (("/ok", "GET", ["call"]), ("/none", "GET", []),
+                                   ("/ok", "PUT", []), ("/%ff", "GET", []), ("/raises", "GET", [])):
+            seen.clear()
+            ask(app, path, method)
+            with self.subTest(path=path, method=method):
+                self.assertEqual(seen, ["b1", "b2"] + call + ["a2", "a1"])
+
+    def test_a_header_set_around_any_answer_is_in_it(self):
+        app = App()
+        app.hook("before_request")(lambda: response.set_header("X-Before", "1"))
+        app.hook("before_request")(lambda: response.set_cookie("before", "1"))
+        app.hook("after_request")(lambda: response.set_header("X-After", "1"))
+        app.error(405)(lambda error: "own page")
+        for path, callback in (
+                ("/200", lambda: "x"), ("/201", lambda: HTTPResponse("x", 201)),
+                ("/301", lambda: redirect("/x", 301)), ("/401", lambda: abort(401)),
+                ("/403", lambda: HTTPError(403)), ("/413", lambda: request.forms),
+                ("/500", lambda: 1 // 0), ("/501", lambda: [abort(501)]), ("/502", self.late)):
+            app.route(path, ["GET", "PUT"], self.with_header(callback))
+        app.post("/405", callback=lambda: "x")
+        for status in (200, 201, 301, 401, 403, 404, 405, 413, 500, 501, 502):
+            answer = ask(app, "/%d" % status, "PUT", body=b"a" * (1 << 20) + b"a")
+            names = ["X-Before", "X-After"] + ["X-Call"] * (status not in (404, 405))
+            with self.subTest(status=status):
+                self.assertEqual(answer.status_code, status)
+                self.assertEqual([answer.headers.get(name) for name in names], ["1"] * len(names))
+                self.assertEqual(answer.headers.getall("Set-Cookie"), ["before=1"])
+
+    def with_header(self, callback):
+        def call():
+            response.set_header("X-Call", "1")
+            return callback()
+        return call
+
+    def late(self):
+        raise HTTPError(502)
+        yield
+
+    def test_a_response_may_be_a_constant(self):
+        constant = HTTPResponse("x", 401, X_A="1")
+        constant.set_cookie("a", "1")
+        app = app_of(lambda: constant)
+        app.hook("after_request")(lambda: response.add_header("X-A", request.query.a))
+        for a in "23":
+            answer = ask(app, "/?a=" + a)
+            self.assertEqual((answer.headers.getall("X-A"), answer.headers["Set-Cookie"]),
+                             (["1", a], "a=1"))
+
+    def test_an_error_keeps_what_does_not_describe_the_body_that_is_gone(self):
+        app = app_of(lambda: 1 // 0)
+
+        @app.hook("before_request")
+        def before():
+            for name in ("Content-Type", "Content-Language", "Content-Length", "Etag",
+                         "Last-Modified", "Content-Security-Policy", "X-A"):
+                response.set_header(name, "5")
+        answer = ask(app)
+        self.assertEqual(set(answer.headers), {"Content-Type", "Content-Length", "X-A",
+                                               "Content-Security-Policy"})
+        self.assertEqual((answer.headers["Content-Type"], answer.headers["Content-Length"]),
+                         (TEXT_HTML, str(len(answer.body))))
+
+    def test_a_hook_may_answer_and_may_rewrite_the_path(self):
+        for hook in (lambda: HTTPResponse("hook", 202), lambda: redirect("/"), lambda: abort(401)):
+            app = app_of(lambda: self.fail("called"))
+            app.add_hook("before_request", hook)
+            self.assertIn(ask(app).status_code, (202, 303, 401))
+        app = app_of(lambda: "here", "/a")
+        app.hook("before_request")(
+            lambda: request.environ.update(PATH_INFO=request.path.rstrip("/")))
+        self.assertEqual(ask(app, "/a/").text, "here")
+
+    def test_a_hook_that_fails_is_a_500_and_can_be_removed(self):
+        for name in ("before_request", "after_request"):
+            app = app_of(lambda: "fine")
+            hook = app.hook(name)(lambda: 1 // 0)
+            with self.assertLogged():
+                self.assertEqual(ask(app).status_code, 500)
+            self.assertTrue(app.remove_hook(name, hook))
+            self.assertEqual((ask(app).text, app.remove_hook(name, hook)), ("fine", None))
+        with self.assertRaises(KeyError):
+            app.add_hook("nothing", hook)
+
+
+class HandlerTest(UnitTest):
+
+    def test_one_instance_answers_one_request(self):
+        made = []
+
+        class Note(Handler):
+            def prepare(self):
+                made.append(self)
+                self.order = ["prepare"]
+                self.set_header("X-A", self.request.method)
+
+            def get(self, id):
+                self.order.append("get")
+                return {"id": id, "query": self.request.query.a}
+
+            def put(self, id):
+                self.set_status(201)
+                self.write("a")
+                self.write(b"b")
+
+            def post(self, id):
+                self.redirect("/there")
+
+            def delete(self, id):
+                self.write({"a": UNICODE})
+
+            def on_finish(self):
+                self.order.append("finish")
+        app = App()
+        self.assertIs(app.route("/<id:int>", Note), Note)
+        methods = ["GET", "HEAD", "PUT", "POST", "DELETE"]
+        answers = [ask(app, "/5?a=b", method) for method in methods]
+        self.assertEqual([answer.status_code for answer in answers], [200, 200, 201, 303, 200])
+        self.assertEqual([answer.headers["X-A"] for answer in answers], methods)
+        self.assertEqual((answers[0].json, answers[2].body, answers[4].json),
+                         ({"id": 5, "query": "b"}, b"ab", {"a": UNICODE}))
+        self.assertEqual(len({id(handler) for handler in made}), 5)
+        self.assertEqual([handler.order[0::2] for handler in made][:2], [["prepare", "finish"]] * 2)
+        self.assertEqual(made[2].order, ["prepare", "finish"])
+
+    def test_its_methods_are_its_verbs_and_nothing_else_is(self):
+        class Base(Handler):
+            def get(self):
+                return "get"
+
+        class Child(Base):
+            delete = {"this": "is data"}
+
+            def patch(self):
+                return "patch"
+
+            def secret(self):
+                return "secret"
+        app = App()
+        app.route("/", Child)
+        for method in ("PREPARE", "SECRET", "WRITE", "ON_FINISH", "POST", "__INIT__", "DELETE"):
+            answer = ask(app, method=method)
+            self.assertEqual((answer.status_code, answer.headers.get("Allow")),
+                             (405, "GET, HEAD, OPTIONS, PATCH"))
+        self.assertEqual([ask(app, method=method).text for method in ("GET", "PATCH", "HEAD")],
+                         ["get", "patch", ""])
+
+    def test_prepare_may_answer_and_on_error_makes_the_page(self):
+        class Page(Handler):
+            finished = []
+
+            def prepare(self):
+                self.set_header("X-A", "1")
+                if self.request.query.stop:
+                    return "stopped"
+
+            def get(self):
+                self.write("lost")
+                code = self.request.query.code
+                return abort(int(code)) if code else 1 // 0
+
+            def on_error(self, error):
+                if error.status_code == 410:
+                    raise error
+                if error.status_code == 411:
+                    raise HTTPResponse("own", 200)
+                return {"error": error.status_line}
+
+            def on_finish(self):
+                self.finished.append(1)
+        app = App()
+        app.route("/", Page)
+        for query, status, text in (("stop=1", 200, "stopped"), ("code=404", 404, "Not Found"),
+                                    ("", 500, "Internal Server Error"), ("code=410", 410, "<html>"),
+                                    ("code=411", 200, "own")):
+            answer = ask(app, "/?" + query)
+            with self.subTest(query=query):
+                self.assertEqual((answer.status_code, answer.headers["X-A"]), (status, "1"))
+                self.assertIn(text, answer.text)
+        self.assertEqual(len(Page.finished), 5)
+
+    def test_on_error_makes_the_page_however_the_error_came_about(self):
+        class Page(Handler):
+            def get(self):
+                return HTTPError(404)
+
+            def put(self):
+                raise HTTPError(404)
+
+            def post(self):
+                abort(404)
+                yield
+
+            def on_error(self, error):
+                self.write({"own": error.status_code})
+        app = App()
+        app.route("/", Page)
+        for method in ("PUT", "GET", "POST"):
+            answer = ask(app, method=method)
+            with self.subTest(method=method):
+                self.assertEqual((answer.status_code, answer.text), (404, '{"own": 404}'))
+
+    def test_a_wildcard_called_request_goes_to_the_verb(self):
+        class Page(Handler):
+            def get(self, request):
+                return request + self.request.path
+        app = App()
+        app.route("/<request>", Page)
+        self.assertEqual(ask(app, "/a").text, "a/a")
+
+    def test_a_class_without_a_verb_is_refused(self):
+        with self.assertRaises(minibottle.RouteError):
+            App().route("/", type("Empty", (Handler,), {}))
+
+
+class Callable:
+    def method(self, request, name):
+        return request.path + name
+
+    @classmethod
+    def of_class(cls, request, name):
+        return request.path + name
+
+    @staticmethod
+    def static(request, name):
+        return request.path + name
+
+    def __call__(self, request, name):
+        return request.path + name
+
+
+class InjectionTest(UnitTest):
+    """A first parameter called request, after what is bound already, gets the request."""
+
+    def test_whoever_asks_for_the_request_gets_it(self):
+        def plain(request, name):
+            return request.path + name
+
+        def keyword(*, request, name):
+            return request.path + name
+
+        def third(database, cache, request, name):
+            return request.path + name
+
+        @functools.wraps(plain)
+        def wrapper(*args, **kwargs):
+            return plain(*args, **kwargs)
+        for callback in (plain, keyword, wrapper, Callable().method, Callable.of_class,
+                         Callable.static, Callable(), lambda request, name="x": request.path + name,
+                         lambda request, **args: request.path + args["name"],
+                         functools.partial(third, 1, 2), functools.lru_cache()(plain),
+                         functools.partial(functools.partial(third, 1), 2),
+                         functools.partial(wrapper)):
+            with self.subTest(callback=callback):
+                self.assertEqual(ask(app_of(callback, "/<name>"), "/a").text, "/aa")
+
+    def test_nobody_else_does(self):
+        for rule, callback in (
+                ("/<name>", lambda name: name), ("/<name>", lambda name, request="no": name),
+                ("/<name>", lambda **args: args["name"] + "".join(args)[4:]),
+                ("/<request>", lambda request: request),
+                ("/<request>", lambda **args: args["request"])):
+            with self.subTest(rule=rule):
+                self.assertEqual(ask(app_of(callback, rule), "/a").text, "a")
+
+
+class MethodTest(UnitTest):
+    """RFC 9110 9.3.7, 10.2.1 and 15.5.6."""
+
+    def test_allow_lists_exactly_the_methods_there_are(self):
+        app = App()
+        app.route("/a", ["POST", "put"], lambda: "x")
+        app.get("/g", callback=lambda: "x")
+        app.route("/<x>/deep", "DELETE", lambda x: x)
+        app.route("/o", ["OPTIONS", "POST"], lambda: "own")
+        for path, allowed in (("/a", "OPTIONS, POST, PUT"), ("/g", "GET, HEAD, OPTIONS"),
+                              ("/y/deep", "DELETE, OPTIONS")):
+            for method, status in (("PATCH", 405), ("OPTIONS", 204)):
+                answer = ask(app, path, method)
+                self.assertEqual((answer.status_code, answer.headers["Allow"]), (status, allowed))
+        self.assertEqual(ask(app, "/o", "OPTIONS").text, "own")
+        self.assertEqual(ask(app, "/none", "OPTIONS").status_code, 404)
+        self.assertEqual(ask(app, "/a", "HEAD").status_code, 405)
+
+    def test_every_verb_has_its_decorator(self):
+        app = App()
+        for name in ("get", "post", "put", "patch", "delete"):
+            getattr(app, name)(["/x", "/y"])(lambda name=name: name)
+        for name in ("post", "put", "patch", "delete", "get"):
+            self.assertEqual(ask(app, "/y", name.upper()).text, name)
+
+    def test_the_shortcuts_act_on_the_default_application_of_the_moment(self):
+        app = minibottle.default_app.push()
+        try:
+            for name in ("route", "get", "post", "put", "patch", "delete"):
+                getattr(minibottle, name)("/" + name)(lambda: name)
+            minibottle.error(404)(lambda error: "own page")
+            minibottle.hook("after_request")(lambda: response.set_header("X-A", "1"))
+            self.assertEqual((len(app.routes), ask(app, "/x").text, ask(app, "/get").headers["X-A"],
+                              minibottle.url("/get", a=1)), (6, "own page", "1", "/get?a=1"))
+        finally:
+            minibottle.default_app.pop()
+
 
 def make_site():
     """An App that uses what a server can get wrong; gunicorn and waitress import it by name."""
@@ -325,7 +3027,7 @@ class SiteInValidatorOnBuiltinServerTest(SiteChecks, unittest.TestCase):
 
     @staticmethod
     def serve():
-        return serve_builtin(wsgiref.validate.validator(make_site()))
+        return serve_builtin(validator(make_site()))
 
 
 class SiteOnWsgirefTest(SiteChecks, unittest.TestCase):
@@ -353,7 +3055,2764 @@ class SiteOnWaitressTest(SiteChecks, unittest.TestCase):
         return serve_waitress(module + ":make_site")
 
 
-# === 19. Examples =============================================================
+# === 10. Test client ==========================================================
+
+class TestClientTest(UnitTest):
+
+    def setUp(self):
+        self.app = App()
+
+        @self.app.route("/<path:path>", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+        def echo(request, path):
+            response.set_header("X-Method", request.method)
+            return {"path": path, "query": dict(request.query), "type": request.content_type,
+                    "body": request.body.read().decode(), "cookies": dict(request.cookies),
+                    "agent": request.get_header("User-Agent")}
+        self.client = TestClient(validator(self.app))
+
+    def test_each_method_has_its_call(self):
+        for name in ("get", "post", "put", "patch", "delete", "head"):
+            answer = getattr(self.client, name)("/x", {"user-agent": "me"})
+            self.assertEqual((answer.headers["x-method"], answer.status_code, answer.status),
+                             (name.upper(), 200, "200 OK"))
+        self.assertEqual(self.client.options("/x").status_code, 204)
+
+    def test_bodies_and_queries_are_made_of_values(self):
+        for options, part in (
+                ({"json": {"a": [UNICODE]}}, {"type": "application/json",
+                                              "body": json.dumps({"a": [UNICODE]})}),
+                ({"form": {"a": UNICODE, "b": [1, 2]}},
+                 {"type": "application/x-www-form-urlencoded",
+                  "body": "a=%s&b=1&b=2" % urllib.parse.quote_plus(UNICODE)}),
+                ({"body": UNICODE}, {"body": UNICODE, "type": ""}),
+                ({"body": b"x", "headers": {"Content-Type": "a/b"}}, {"body": "x", "type": "a/b"}),
+                ({"json": 0, "headers": {"content-type": "a/b"}}, {"body": "0", "type": "a/b"}),
+                ({"query": {"a": UNICODE}}, {"query": {"a": UNICODE}})):
+            got = self.client.post("/" + UNICODE, **options).json
+            with self.subTest(options=options):
+                self.assertEqual({**got, **part, "path": UNICODE}, got)
+        self.assertEqual(self.client.get("/a?b=c", query={"d": "e"}).json["query"],
+                         {"b": "c", "d": "e"})
+
+    def test_cookies_are_kept_until_they_are_dropped(self):
+        @self.app.get("/set")
+        def set():
+            response.set_cookie("a", "1 2")
+            response.set_cookie("b", "3", path="/", httponly=True)
+
+        self.app.get("/drop", callback=lambda: response.delete_cookie("a"))
+        self.client.get("/set")
+        self.assertEqual(self.client.get("/x").json["cookies"], {"a": "1 2", "b": "3"})
+        self.assertEqual(self.client.get("/x", {"Cookie": "c=4"}).json["cookies"], {"c": "4"})
+        self.client.get("/drop")
+        self.assertEqual(self.client.get("/x").json["cookies"], {"b": "3"})
+        self.assertEqual(TestClient(self.app).get("/x").json["cookies"], {})
+
+    def test_text_is_decoded_by_its_charset(self):
+        answer = answer_of(lambda: HTTPResponse("ö".encode("latin-1"), 200,
+                                                Content_Type="text/plain; charset=latin-1"))
+        self.assertEqual((answer.text, answer.body), ("ö", b"\xf6"))
+
+    def test_a_bad_head_of_any_application_is_caught(self):
+        for status, headers in (("200 OK", [("A", "b\r\nc: d")]), ("200\r\nOK", []), ("OK", []),
+                                ("200 OK", [("A", 5)])):
+            def app(environ, start_response):
+                start_response(status, headers)
+                return [b""]
+            with self.subTest(headers=headers), self.assertRaises((ValueError, TypeError)):
+                TestClient(app).get("/")
+
+    def test_it_works_inside_a_running_loop_and_500_times_a_second(self):
+        async def several():
+            async def one(i):
+                await asyncio.sleep(0)
+                return self.client.get("/%d" % i).json["path"]
+            return await asyncio.gather(*(one(i) for i in range(500)))
+        start = time.process_time()
+        self.assertEqual(asyncio.run(several()), [str(i) for i in range(500)])
+        self.assertLess(time.process_time() - start, SLOW)
+
+
+# === 11. Event loop ===========================================================
+
+SECONDS = 30 if LONG else 1
+PATIENCE = 10 * SLOW                   # seconds without a byte: the request is stuck
+
+
+class Ledger:
+    """What the application has seen, and every rule that it saw broken."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.calls = collections.Counter()      # request id -> calls
+        self.opened = self.closed = 0           # iterators
+        self.broken = []
+
+    def note(self, what):
+        self.broken.append(what)
+
+
+ledger = Ledger()
+
+
+class Planned(Exception):
+    """Raised by the application on purpose."""
+
+
+class Body:
+    """An iterator that one thread must begin, pull and close, once, and never two at a time."""
+
+    def __init__(self, rid, size, piece, pause=0, fails=False):
+        self.data, self.piece, self.pause, self.fails = content(rid, size), piece, pause, fails
+        self.position, self.closed, self.thread = 0, False, None
+        self.busy = threading.Lock()
+        with ledger.lock:
+            ledger.opened += 1
+
+    def __iter__(self):
+        return self
+
+    @contextlib.contextmanager
+    def alone(self, what):
+        if not self.busy.acquire(False):
+            ledger.note(what + " while another thread was in it")
+            raise Planned(what)
+        try:
+            if self.thread not in (None, threading.get_ident()):
+                ledger.note(what + " by another thread than began it")
+            if self.closed:
+                ledger.note(what + " after close()")
+            yield
+        finally:
+            self.busy.release()
+
+    def __next__(self):
+        with self.alone("next()"):
+            self.thread = threading.get_ident()
+            time.sleep(self.pause) if self.pause else None
+            if self.fails and self.position > len(self.data) // 2:
+                raise Planned("broke off")
+            start, self.position = self.position, self.position + self.piece
+            piece = self.data[start:self.position]
+        if not piece:
+            raise StopIteration
+        return piece
+
+    def close(self):
+        with self.alone("close()"):
+            self.closed = True
+            with ledger.lock:
+                ledger.closed += 1
+            if random.random() < 0.1:
+                time.sleep(0.007)
+
+
+def content(rid, size):
+    """A body that names its request in every line: nothing of another answer goes unseen."""
+    line = rid.encode() + b"\n"
+    return (line * (size // len(line) + 1))[:size]
+
+
+def burn(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(100))
+
+
+def application(environ, start_response):
+    """GET or POST /KIND/ID/MILLISECONDS-OR-PIECE/SIZE, and /stats."""
+    _, kind, *rest = environ["PATH_INFO"].split("/")
+    if kind == "stats":
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(stats()).encode()]
+    rid, number, size = rest[0], int(rest[1]), int(rest[2])
+    with ledger.lock:
+        ledger.calls[rid] += 1
+    headers = [("Content-Type", "application/octet-stream"), ("X-Id", rid)]
+    sized = headers + [("Content-Length", str(size))]
+    if kind == "raise":
+        raise Planned(rid)
+    if kind == "sleep" or kind == "mixed" and random.random() < 0.1:
+        time.sleep(number / 1000)
+    elif kind == "cpu":
+        burn(number / 1000)
+    if kind == "echo":
+        data = environ["wsgi.input"].read()
+        answer = "%s %d %s" % (rid, len(data), hashlib.sha1(data).hexdigest())
+        start_response("200 OK", headers)
+        return [answer.encode()]
+    if kind == "write":
+        start_response("200 OK", sized)(content(rid, size)[:size // 2])
+        return [content(rid, size)[size // 2:]]
+    if kind in BODIES:
+        start_response("200 OK", sized if kind == "sized" else headers)
+        return BODIES[kind](rid, size, number)
+    start_response("200 OK", sized)
+    return [content(rid, size)]
+
+
+BODIES = {
+    "stream": Body,
+    "sized": Body,
+    "slow": lambda rid, size, piece: Body(rid, size, piece, random.choice((0.002, 0.008, 0.02))),
+    "broken": lambda rid, size, piece: Body(rid, size, piece, fails=True),
+}
+
+
+def stats():
+    gc.collect()
+    worker = ledger.server.worker
+    return dict(
+        doubled=sum(n > 1 for n in ledger.calls.values()), calls=len(ledger.calls),
+        opened=ledger.opened, closed=ledger.closed, broken=ledger.broken[:5],
+        connections=len(worker.connections), waiting=len(worker.waiting), count=dict(worker.count))
+
+
+class Unplanned(logging.Handler):
+    """Notes each logged exception that the application did not raise on purpose."""
+
+    def emit(self, record):
+        if record.exc_info and not isinstance(record.exc_info[1], Planned):
+            ledger.note("logged: %r in %s" % (record.exc_info[1], record.getMessage()[:100]))
+
+
+def serve_application():
+    """Print the port, and serve until standard input ends: `test_minibottle.py serve 8`."""
+    global minibottle
+    if os.environ.get("MINIBOTTLE_FILE"):
+        spec = importlib.util.spec_from_file_location("minibottle", os.environ["MINIBOTTLE_FILE"])
+        minibottle = sys.modules["minibottle"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(minibottle)
+    threading.excepthook = lambda args: ledger.note("a thread died: %r" % (args.exc_value,))
+    sys.unraisablehook = lambda args: ledger.note("unraisable: %r" % (args.exc_value,))
+    logging.getLogger("minibottle").addHandler(Unplanned())
+    with minibottle.Server(application, port=0, max_threads=int(sys.argv[2])) as ledger.server:
+        print(ledger.server.port, flush=True)
+        sys.stdin.read()
+
+
+class ServerProcess:
+    """This file in a process of its own, and what the kernel knows of it."""
+
+    def __init__(self, max_threads):
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "serve", str(max_threads)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.max_threads, self.most_threads = max_threads, 0
+        self.port = int(self.process.stdout.readline())
+        self.get("/fast/warm-up/0/0")
+        time.sleep(0.2)                                      # until that connection is forgotten
+        self.descriptors_at_start = self.descriptors()
+
+    def get(self, path):
+        """A body, by a connection of its own."""
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        with contextlib.closing(client):
+            client.request("GET", path)
+            return client.getresponse().read()
+
+    def stats(self):
+        return json.loads(self.get("/stats").decode())
+
+    def descriptors(self):
+        return len(os.listdir("/proc/%d/fd" % self.process.pid))
+
+    def count_threads(self):
+        threads = len(os.listdir("/proc/%d/task" % self.process.pid))
+        self.most_threads = max(self.most_threads, threads)
+
+    def cpu_seconds(self):
+        with open("/proc/%d/stat" % self.process.pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self):
+        """Its exit status."""
+        with self.process:
+            self.process.stdin.close()
+            try:
+                return self.process.wait(15 * SLOW)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+
+
+class Wrong(Exception):
+    """An answer, or the lack of one, that no client may see."""
+
+
+class Guest:
+    """One of a crowd: keeps to a random style for a connection, and verifies every answer."""
+
+    STYLES = (("keep",) * 4 + ("pipeline",) * 3 + ("half",) * 2
+              + ("drip", "pause", "reset", "broken"))
+
+    def __init__(self, port, seed, tally):
+        self.port, self.random, self.tally = port, random.Random(seed), tally
+        self.name, self.serial, self.doing = "c%d" % seed, 0, ""
+
+    async def run(self, until):
+        while time.monotonic() < until:
+            style = self.random.choice(self.STYLES)
+            self.doing = style
+            try:
+                await self.connect(4096 if style == "pause" else 0)
+                await getattr(self, "be_" + style)()
+            except asyncio.TimeoutError:
+                self.tally["STUCK " + self.doing] += 1
+            except (EOFError, ConnectionError) as error:    # IncompleteReadError is an EOFError
+                self.tally["LOST %s %r" % (self.doing, error)] += 1
+            except Wrong as error:
+                self.tally["WRONG %s %s" % (self.doing, error)] += 1
+            finally:
+                self.writer.transport.abort()
+
+    async def connect(self, receive_bytes):
+        sock = socket.socket()
+        sock.setblocking(False)
+        if receive_bytes:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+        self.reader, self.writer = await asyncio.open_connection(
+            sock=sock, limit=receive_bytes or 65536)
+
+    # -- what is sent, and what must come back --
+
+    def request(self):
+        """(bytes, id, body that is due or None for a 500)."""
+        self.serial += 1
+        rid, choice = "%s-%d" % (self.name, self.serial), self.random.choice
+        kind = choice(("fast",) * 8 + ("stream", "mixed", "echo") * 2 + (
+            "sleep", "cpu", "sized", "slow", "write", "raise", "big"))
+        number, size = 0, choice((0, 1, 13, 100, 1000, 5000))
+        if kind == "echo":
+            return self.upload(rid)
+        if kind == "big":
+            kind, size = "fast", choice((200000, 3000000))
+        elif kind in ("stream", "sized"):
+            size = choice((10, 1000, 100000, 700000))
+            number = choice((17, 1000, 70000)) if size < 20000 else choice((3000, 100000))
+        elif kind == "slow":
+            number = max(1, size // 5)
+        elif kind in ("sleep", "mixed", "cpu"):
+            number = self.random.randrange(1, 8 if kind == "cpu" else 40)
+        data = "GET /%s/%s/%d/%d HTTP/1.1\r\nHost: x\r\n\r\n" % (kind, rid, number, size)
+        return data.encode(), rid, None if kind == "raise" else content(rid, size)
+
+    def upload(self, rid):
+        size = self.random.choice((0, 1, 1000, 70000, 700000))
+        data = bytes(self.random.getrandbits(8) for _ in range(min(size, 1000))) * -(-size // 1000)
+        due = "%s %d %s" % (rid, len(data), hashlib.sha1(data).hexdigest())
+        head = "POST /echo/%s/0/0 HTTP/1.1\r\nHost: x\r\n" % rid
+        if self.random.random() < 0.5:
+            head += "Content-Length: %d\r\n\r\n" % len(data)
+            return head.encode() + data, rid, due.encode()
+        parts, start = [head.encode() + b"Transfer-Encoding: chunked\r\n\r\n"], 0
+        while start < len(data):
+            part = data[start:start + self.random.choice((1, 100, 9000, 100000))]
+            parts.append(b"%x\r\n%b\r\n" % (len(part), part))
+            start += len(part)
+        return b"".join(parts) + b"0\r\n\r\n", rid, due.encode()
+
+    async def within(self, awaitable):
+        return await asyncio.wait_for(awaitable, PATIENCE)
+
+    async def check(self, rid, due, pause=0):
+        """Read an answer and verify it; False when it is the last of its connection."""
+        status, headers = await self.read_head()
+        body = await self.read_body(headers, pause)
+        self.tally[status] += 1
+        if status != (200 if due is not None else 500):
+            raise Wrong("status %d %r" % (status, body[:60]))
+        if due is not None and (headers.get("x-id") != rid or body != due):
+            raise Wrong("MIXED: due %s %d, got %s %d %r" % (
+                rid, len(due), headers.get("x-id"), len(body), body[:60]))
+        return headers.get("connection") != "close"
+
+    async def read_head(self):
+        lines = (await self.within(self.reader.readuntil(b"\r\n\r\n"))).decode("latin-1")
+        first, *fields = lines[:-4].split("\r\n")
+        headers = {name.lower(): value for name, _, value in (s.partition(": ") for s in fields)}
+        return int(first.split(" ")[1]), headers
+
+    async def read_body(self, headers, pause):
+        if "content-length" in headers:
+            return await self.read_exactly(int(headers["content-length"]), pause)
+        if "transfer-encoding" not in headers:
+            raise Wrong("no length in %r" % headers)
+        parts = []
+        while parts[-1:] != [b""]:
+            size = int(await self.within(self.reader.readuntil(b"\r\n")), 16)
+            parts.append(await self.read_exactly(size, pause))
+            if await self.within(self.reader.readexactly(2)) != b"\r\n":
+                raise Wrong("no CRLF after a chunk")
+        return b"".join(parts)
+
+    async def read_exactly(self, size, pause):
+        parts = []
+        while size > 0:
+            parts.append(await self.within(self.reader.readexactly(min(size, 50000))))
+            size -= len(parts[-1])
+            if pause:
+                await asyncio.sleep(pause)
+        return b"".join(parts)
+
+    async def send(self, data, drip=False):
+        """All at once, or in random bits."""
+        start = 0
+        while start < len(data):
+            bit = self.random.choice((1, 7, 50, 2000) if len(data) < 20000 else (500, 20000, 65536))
+            bit = bit if drip else len(data)
+            self.writer.write(data[start:start + bit])
+            await self.within(self.writer.drain())
+            start += bit
+            if drip and self.random.random() < 0.5:
+                await asyncio.sleep(self.random.random() * 0.005)
+
+    async def expect(self, requests):
+        for data, rid, due in requests:
+            self.doing = self.doing.split()[0] + " " + data[:40].decode("latin-1").split(" HTTP")[0]
+            if not await self.check(rid, due):
+                return False
+        return True
+
+    # -- the styles --
+
+    async def be_keep(self):
+        for _ in range(self.random.randrange(1, 30)):
+            request = self.request()
+            await self.send(request[0])
+            if not await self.expect([request]):
+                return
+            if self.random.random() < 0.3:
+                await asyncio.sleep(self.random.random() * 0.05)
+
+    async def be_drip(self):
+        request = self.request()
+        await self.send(request[0], drip=True)
+        await self.expect([request])
+
+    async def be_pipeline(self, ends=False):
+        requests = [self.request() for _ in range(self.random.randrange(2, 25))]
+        data = b"".join(request[0] for request in requests)
+        sending = asyncio.ensure_future(self.send(data, drip=self.random.random() < 0.3))
+        if ends:
+            sending.add_done_callback(lambda sent: sent.exception() or self.writer.write_eof())
+        try:
+            whole = await self.expect(requests)
+            if whole and ends and await self.within(self.reader.read(1)):
+                raise Wrong("bytes after the last answer")
+        finally:
+            sending.cancel()
+            await asyncio.wait([sending])
+
+    async def be_half(self):
+        await self.be_pipeline(ends=True)
+
+    async def be_pause(self):
+        rid, size = "%s-pause-%d" % (self.name, self.serial), self.random.choice((300000, 2000000))
+        self.serial += 1
+        kind = self.random.choice(("stream", "sized", "fast"))
+        self.doing = "pause " + kind
+        await self.send(b"GET /%b/%b/50000/%d HTTP/1.1\r\nHost: x\r\n\r\n" % (
+            kind.encode(), rid.encode(), size))
+        if self.random.random() < 0.3:
+            await asyncio.sleep(self.random.random() * 0.3)
+            self.leave()
+        else:
+            await self.check(rid, content(rid, size), self.random.choice((0.001, 0.01)))
+
+    async def be_reset(self):
+        data = b"".join(self.request()[0] for _ in range(self.random.randrange(1, 6)))
+        with contextlib.suppress(ConnectionError):
+            await self.send(data[:self.random.randrange(len(data) + 1)][:300000])
+            await asyncio.sleep(self.random.choice((0, 0.001, self.random.random() * 0.05)))
+            self.leave()
+
+    async def be_broken(self):
+        self.serial += 1
+        await self.send(b"GET /broken/%b-%d/5000/50000 HTTP/1.1\r\nHost: x\r\n\r\n" % (
+            self.name.encode(), self.serial))
+        with contextlib.suppress(EOFError, ConnectionError):
+            _, headers = await self.read_head()
+            await self.read_body(headers, 0)
+            raise Wrong("an answer that broke off looks whole")
+
+    def leave(self):
+        """With a RST or with a FIN."""
+        if self.random.random() < 0.6:
+            sock = self.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+class Racer:
+    """Sends a second request at the very end of the first one's call; no crowd wakes the loop."""
+
+    ALONE = ("late", "late", "together", "together", "single")
+    STYLES = ALONE + ("late", "reset", "storm")
+
+    def __init__(self, port, seed, tally, styles):
+        self.port, self.random, self.tally = port, random.Random(seed), tally
+        self.name, self.serial, self.sock, self.styles = "r%d" % seed, 0, None, styles
+        self.waits = [0.0]                      # seconds for two requests sent at once
+
+    def run(self, until):
+        while time.monotonic() < until:
+            style, kind = self.random.choice(self.styles), self.random.choice(("sleep", "mixed"))
+            try:
+                if self.sock is None:
+                    self.connect()
+                then = time.perf_counter()
+                self.read(self.send(style, kind))
+                if (style, kind) == ("together", "sleep"):
+                    self.waits.append(time.perf_counter() - then)
+            except socket.timeout:
+                self.leave("STUCK %s %s" % (style, kind))
+            except OSError as error:
+                self.leave("LOST %s %s %r" % (style, kind, error))
+            if self.random.random() < 0.3:
+                time.sleep(self.random.random() * 0.012)
+        self.leave()
+
+    def send(self, style, kind):
+        """The ids of the answers that are due."""
+        if style == "reset":
+            self.sock.sendall(self.request("sleep", 30)[1])
+            time.sleep(0.005)
+            return self.leave(reset=True)
+        if style == "storm":
+            return self.storm()
+        (first, data), (second, more) = self.request(kind, 2), self.request("fast", 0)
+        if style == "together":
+            self.sock.sendall(data + more)
+            return [first, second]
+        self.sock.sendall(data)
+        if style == "single":
+            return [first]
+        moment = time.perf_counter() + 0.0019 + self.random.random() * 0.0006
+        while time.perf_counter() < moment:
+            pass
+        self.sock.sendall(more)
+        return [first, second]
+
+    def storm(self):
+        """Descriptors are closed by threads while others are accepted under the same numbers."""
+        for _ in range(6):
+            self.sock.sendall(self.request("sleep", 5)[1])
+            self.leave(reset=True)
+            self.connect()
+        end = time.perf_counter() + 0.008
+        while time.perf_counter() < end:
+            rid, data = self.request("fast", 0)
+            self.sock.sendall(data)
+            self.read([rid])
+            self.leave()
+            self.connect()
+
+    def connect(self):
+        self.sock = socket.create_connection(("127.0.0.1", self.port))
+        self.sock.settimeout(2.5 * SLOW)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def request(self, kind, number):
+        self.serial += 1
+        rid = "%s-%d" % (self.name, self.serial)
+        return rid, b"GET /%b/%b/%d/20 HTTP/1.1\r\nHost: x\r\n\r\n" % (
+            kind.encode(), rid.encode(), number)
+
+    def read(self, rids):
+        data = b""
+        for rid in rids or ():
+            while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < 20:
+                more = self.sock.recv(65536)
+                if not more:
+                    raise ConnectionError("end of file")
+                data += more
+            head, _, data = data.partition(b"\r\n\r\n")
+            body, data = data[:20], data[20:]
+            self.tally[int(head[9:12])] += 1
+            if body != content(rid, 20) or b" 200 " not in head:
+                self.tally["WRONG %r %r" % (head[:20], body)] += 1
+
+    def leave(self, problem=None, reset=False):
+        if problem:
+            self.tally[problem] += 1
+        if self.sock is not None:
+            if reset:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.sock.close()
+            self.sock = None
+
+
+@unittest.skipUnless(os.path.isdir("/proc/self/task"), "reads /proc")
+class WorkerUnderLoadTest(unittest.TestCase):
+    """Every answer comes once, whole, in order and to its client, and nothing is left over."""
+
+    def start(self, max_threads):
+        self.server, self.tally = ServerProcess(max_threads), collections.Counter()
+        self.addCleanup(lambda: self.server.process.poll() is None and self.server.process.kill())
+        self.until = time.monotonic() + SECONDS
+
+    def test_a_crowd_gets_every_answer_once_whole_and_in_order(self):
+        async def watch():
+            while time.monotonic() < self.until:
+                self.server.count_threads()
+                await asyncio.sleep(0.1)
+
+        async def crowd():
+            await asyncio.gather(watch(), *(
+                Guest(self.server.port, seed, self.tally).run(self.until) for seed in range(100)))
+        self.start(max_threads=8)
+        asyncio.run(crowd())
+        self.check(least_answers=100 * SECONDS / SLOW)
+
+    def test_a_request_that_comes_when_a_call_ends_is_never_missed(self):
+        self.start(max_threads=8)
+        alone, = self.race([0], Racer.ALONE, self.until - SECONDS * 2 / 3)
+        self.race([1, 2, 3, 4], Racer.STYLES, self.until)
+        self.check(least_answers=50 * SECONDS / SLOW)
+        self.assertLess(statistics.median(alone.waits), 0.03 * SLOW)    # their calls take 2 ms
+
+    def test_one_thread_for_code_that_blocks_is_enough_to_answer_all(self):
+        self.start(max_threads=1)
+        self.race(range(6), Racer.STYLES, self.until)
+        self.check(least_answers=50 * SECONDS / SLOW)
+
+    def race(self, seeds, styles, until):
+        racers = [Racer(self.server.port, seed, self.tally, styles) for seed in seeds]
+        threads = [threading.Thread(target=racer.run, args=(until,)) for racer in racers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return racers
+
+    def check(self, least_answers):
+        answers = sum(n for what, n in self.tally.items() if isinstance(what, int))
+        problems = {what: n for what, n in self.tally.items() if isinstance(what, str)}
+        self.assertFalse(problems, "of %d answers" % answers)
+        self.assertGreater(answers, least_answers)
+        stats = self.settled_stats()
+        self.assertEqual((stats["doubled"], stats["broken"], stats["waiting"]), (0, [], 0))
+        self.assertEqual(stats["opened"], stats["closed"], "iterators opened and closed")
+        self.assertEqual(self.server.descriptors(), self.server.descriptors_at_start)
+        self.server.count_threads()                     # one has the loop, one watches, one is main
+        self.assertLessEqual(self.server.most_threads, max(2, self.server.max_threads) + 3)
+        count, calls = stats["count"], stats["calls"]
+        self.assertLess(count["polls"], 5 * calls + 1000, count)
+        self.assertLess(count["disarms"], calls + 100, count)
+        before = self.server.cpu_seconds()
+        time.sleep(0.5)
+        self.assertLess(self.server.cpu_seconds() - before, 0.05, "CPU in half an idle second")
+        self.assertLess(self.server.stats()["count"]["polls"] - count["polls"], 30)
+        self.assertEqual(self.server.stop(), 0)
+
+    def settled_stats(self):
+        """Figures once the clients that left have been noticed: lingering takes up to 2 seconds."""
+        end = time.monotonic() + 5 * SLOW
+        while True:
+            stats = self.server.stats()
+            if stats["connections"] <= 1 and stats["opened"] == stats["closed"]:
+                if self.server.descriptors() == self.server.descriptors_at_start:
+                    return stats
+            if time.monotonic() > end:
+                self.assertLessEqual(stats["connections"], 1, stats)
+                return stats
+            time.sleep(0.1)
+
+
+# === 12. Server connection ====================================================
+
+HELLO5 = b"5\r\nhello\r\n0\r\n\r\n"
+CORPUS = [  # (name, bytes on the wire, status or statuses that are right)
+    ("two lengths that differ", post("Content-Length: 1", "Content-Length: 2", body=b"ab"), 400),
+    ("two lengths that agree", post("Content-Length: 1", "Content-Length: 1", body=b"a"), 400),
+    ("a list of lengths", post("Content-Length: 1, 1", body=b"a"), 400),
+    ("length +1", post("Content-Length: +1", body=b"a"), 400),
+    ("length -1", post("Content-Length: -1", body=b"a"), 400),
+    ("length 0x1", post("Content-Length: 0x1", body=b"a"), 400),
+    ("length 1_0", post("Content-Length: 1_0", body=b"a" * 10), 400),
+    ("length 1 0", post("Content-Length: 1 0", body=b"a" * 10), 400),
+    ("length in Arabic digits", post("Content-Length: \xd9\xa3", body=b"aaa"), 400),
+    ("length in superscript", post("Content-Length: \xb2", body=b"aa"), 400),
+    ("empty length", post("Content-Length: "), 400),
+    ("length of 20 digits", post("Content-Length: " + "9" * 20), (400, 413)),
+    ("length of 5,000 digits", post("Content-Length: " + "9" * 5000), (400, 413)),
+    ("both framings", chunked(HELLO5, "Content-Length: 5"), 400),
+    ("both framings, length first",
+     post("Content-Length: 5", "Transfer-Encoding: chunked", body=HELLO5), 400),
+    ("two codings", chunked(HELLO5, "Transfer-Encoding: chunked"), 400),
+    ("coding xchunked", post("Transfer-Encoding: xchunked", body=HELLO5), (400, 501)),
+    ("coding chunked123", post("Transfer-Encoding: chunked123", body=HELLO5), (400, 501)),
+    ("coding identity", post("Transfer-Encoding: identity", body=HELLO5), (400, 501)),
+    ("coding chunked, identity", post("Transfer-Encoding: chunked, identity"), (400, 501)),
+    ("coding chunked, chunked", post("Transfer-Encoding: chunked, chunked"), (400, 501)),
+    ("coding gzip, chunked", post("Transfer-Encoding: gzip, chunked", body=HELLO5), 501),
+    ("empty coding", post("Transfer-Encoding: ", body=HELLO5), (400, 501)),
+    ("coding after a VT", post("Transfer-Encoding: \x0bchunked", body=HELLO5), 400),
+    ("coding after a NBSP", post("Transfer-Encoding: \xa0chunked", body=HELLO5), (400, 501)),
+    ("coding with a Kelvin sign",
+     post("Transfer-Encoding: chun\xe2\x84\xaaed", body=HELLO5), (400, 501)),
+    ("coding on HTTP/1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n" + HELLO5, 400),
+    ("space before the colon", post("Content-Length : 1", body=b"a"), 400),
+    ("tab before the colon", post("Content-Length\t: 1", body=b"a"), 400),
+    ("no field name", get("/", ": no-name"), 400),
+    ("a space for a name", get("/", " : no-name"), 400),
+    ("no colon", get("/", "nonsense"), 400),
+    ("a name in brackets", get("/", "(X): y"), 400),
+    ("a name in UTF-8", get("/", "\xc3\xa9: y"), 400),
+    ("space before the first field", b"GET / HTTP/1.1\r\n Host: x\r\n\r\n", 400),
+    ("folded line", get("/", "X: a", " b"), 400),
+    ("folded by a tab", get("/", "X: a", "\tb"), 400),
+    ("all line ends are LF", b"GET / HTTP/1.1\nHost: x\n\n", 400),
+    ("one line end is LF", b"GET / HTTP/1.1\r\nHost: x\nX: y\r\n\r\n", 400),
+    ("request line ends with LF", b"GET / HTTP/1.1\nHost: x\r\n\r\n", 400),
+    ("bare CR in a value", get("/", "X: a\rb"), 400),
+    ("bare CR after a value", get("/", "X: a\r"), 400),
+    ("NUL in a value", get("/", "X: a\0b"), 400),
+    ("ESC in a value", get("/", "X: a\x1b[31m"), 400),
+    ("DEL in a value", get("/", "X: a\x7f"), 400),
+    ("LF in a value", get("/", "X: a\nContent-Length: 44"), 400),
+    ("no Host", b"GET / HTTP/1.1\r\n\r\n", 400),
+    ("no Host, but in the target", b"GET http://x/ HTTP/1.1\r\n\r\n", 400),
+    ("no Host for the whole server", b"OPTIONS * HTTP/1.1\r\n\r\n", 400),
+    ("two Hosts", get("/", "Host: x"), 400),
+    ("space in Host", b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+    ("slash in Host", b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+    ("user in Host", b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
+    ("list in Host", b"GET / HTTP/1.1\r\nHost: a, b\r\n\r\n", 400),
+    ("quote in Host", b"GET / HTTP/1.1\r\nHost: a\"b\r\n\r\n", 400),
+    ("port that is none", b"GET / HTTP/1.1\r\nHost: a:b\r\n\r\n", 400),
+    ("bad Host on HTTP/1.0", b"GET / HTTP/1.0\r\nHost: a/b\r\n\r\n", 400),
+    ("asterisk for GET", get("*"), 400),
+    ("authority for GET", get("example.com:80"), 400),
+    ("relative target", get("foo"), 400),
+    ("CONNECT", get("example.com:80", method="CONNECT"), 501),
+    ("space in the target", get("/a b"), 400),
+    ("two spaces", b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("a tab for a space", b"GET\t/ HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("space after the version", b"GET / HTTP/1.1 \r\nHost: x\r\n\r\n", 400),
+    ("control character in the target", get("/a\x01b"), 400),
+    ("DEL in the target", get("/a\x7fb"), 400),
+    ("absolute target without a host", get("http:///a"), 400),
+    ("absolute target with a user", get("http://a@b/"), 400),
+    ("absolute target of another scheme", get("ftp://a/"), 400),
+    ("fragment in the target", get("/a#b"), 400),
+    ("version 1.10", get("/", version="HTTP/1.10"), 400),
+    ("version 1.1x", get("/", version="HTTP/1.1x"), 400),
+    ("version in lower case", get("/", version="http/1.1"), 400),
+    ("version with an Arabic digit", get("/", version="HTTP/1.\xd9\xa1"), 400),
+    ("version of another protocol", get("/", version="ICAP/1.0"), 400),
+    ("version 2.0", get("/", version="HTTP/2.0"), 505),
+    ("version 0.9", get("/", version="HTTP/0.9"), 505),
+    ("preface of HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    ("HTTP/0.9", b"GET /\r\n", 400),
+    ("no version, then a field", b"GET /\r\nHost: x\r\n\r\n", 400),
+    ("space in the method", get("/", method="GE T"), 400),
+    ("NUL in the method", get("/", method="GET\0"), 400),
+    ("no method", get("/", method=""), 400),
+    ("method of 100 bytes", get("/", method="G" * 100), (400, 501)),
+    ("10,000 fields", get("/", *["X: y"] * 10000), 431),
+    ("10,000 different fields", get("/", *["X%d: y" % i for i in range(10000)]), 431),
+    ("a field of 1 MB", get("/", "X: " + "y" * 1000000), 431),
+    ("a target of 100 KB", get("/" + "y" * 100000), 414),
+    ("a head without an end", b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50000, 431),
+    ("a first line without an end", b"G" * 100000, (400, 414)),
+    ("TLS", b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(range(3, 192)), 400),
+    ("nothing but line ends", b"\r\n" * 50000, (400, 414, 431)),
+    ("LF in an extension", chunked(b"5;a=\nb\r\nhello\r\n0\r\n\r\n"), 400),
+    ("CR in an extension", chunked(b"5;a=\rb\r\nhello\r\n0\r\n\r\n"), 400),
+    ("NUL in an extension", chunked(b"5;a=\0\r\nhello\r\n0\r\n\r\n"), 400),
+    ("chunk longer than it says", chunked(b"5\r\nhello!!\r\n0\r\n\r\n"), 400),
+    ("chunk ended by LF", chunked(b"5\r\nhello\n0\r\n\r\n"), 400),
+    ("size line ended by LF", chunked(b"5\nhello\r\n0\r\n\r\n"), 400),
+    ("size line of 1 MB", chunked(b"5;" + b"x" * 1000000), (400, 413, 431)),
+] + [
+    ("chunk size %r" % size, chunked(size + b"\r\nhello\r\n0\r\n\r\n"), (400, 413))
+    for size in (b"0x5", b"+5", b"5_", b"-0", b"-5", b"", b" 5", b"5 5", b"g", b"\xd9\xa5", b"\xb2",
+                 b"5\x0b", b"0" * 16 + b"5", b"f" * 17, b"f" * 1000, b"5,5", b"5.0", b"5\xa0")
+] + [
+    ("%s in the trailers" % name, chunked(b"0\r\n%s: 1\r\n\r\n" % name.encode()), 400)
+    for name in ("Content-Length", "Host", "Transfer-Encoding", "content-length", "Content-Type",
+                 "Authorization", "Cookie", "X ", " X", "X(")
+] + [
+    ("bare LF in the trailers", chunked(b"0\r\nX: y\n\r\n\r\n"), 400),
+    ("endless trailers", chunked(b"0\r\n" + b"X: y\r\n" * 100000), (400, 431)),
+]
+
+
+class RefusedRequestTest(WireTest):
+    """RFC 9112 2 to 7: what is not surely one request is answered once and then cut off."""
+
+    def refuse(self, server, app, data, expected, feed):
+        wire = self.connect(server)
+        feed(wire, data + CANARY)
+        answers = wire.answers()
+        wire.close()
+        self.assertEqual(len(answers), 1, answers)
+        answer, = answers
+        self.assertIn(answer.status, expected if isinstance(expected, tuple) else (expected,))
+        self.assertEqual(answer.headers["Connection"], "close")
+        self.assertEqual(answer.headers.get_content_type(), "text/plain")
+        line = answer.body.decode().rstrip("\n")
+        self.assertTrue(line.isprintable() and 8 < len(line) < 300, line)     # it says why
+        self.assertEqual(app.paths, [])
+        return answer
+
+    def test_one_answer_names_the_cause_and_nothing_after_it_is_read(self):
+        app = Recorder()
+        server = self.serve(app)
+        for name, data, expected in CORPUS:
+            app.calls.clear()
+            with self.subTest(name):
+                self.refuse(server, app, data, expected, Wire.send)
+
+    def test_the_same_when_it_comes_byte_by_byte(self):
+        def drip(wire, data):
+            with contextlib.suppress(ConnectionError):       # it may have been answered and closed
+                wire.send(*(data[i:i + 1] for i in range(len(data))))
+        app = Recorder()
+        server = self.serve(app)
+        for name, data, expected in CORPUS:
+            app.calls.clear()
+            if len(data) < 600:
+                with self.subTest(name):
+                    self.refuse(server, app, data, expected, drip)
+
+    def test_each_limit_is_named_in_its_answer(self):
+        server = self.serve(hello, max_body=1234)
+        for data, status, number in (
+                (get("/" + "x" * 8200), 414, "8,?192"),
+                (get("/", "X: " + "y" * 33000), 431, "32,?768"),
+                (get("/", *["X: y"] * 101), 431, "100"),
+                (post("Content-Length: 1235"), 413, "1,?234"),
+                (chunked(b"800\r\n" + b"x" * 2048 + b"\r\n0\r\n\r\n"), 413, "1,?234"),
+                (chunked(b"1\r\nx\r\n" * 1235 + b"0\r\n\r\n"), 413, "1,?234")):
+            with self.subTest(data=data[:40]):
+                answer = self.fetch(server, data)
+                self.assertEqual(answer.status, status)
+                self.assertRegex(answer.body.decode(), r"\b%s\b" % number)
+
+    def test_each_cause_is_named_in_its_answer(self):
+        server = self.serve(hello)
+        for data, cause in (
+                (get("/", "X: a", " b"), "folding"), (get("/", "X: a\0b"), "control character"),
+                (get("/", "nonsense"), "colon"), (get("/", "X : a"), "white space"),
+                (b"GET / HTTP/1.1\r\n\r\n", "Host"), (get("/", "Host: y"), "Host"),
+                (get("/", version="HTTP/2.0"), "HTTP/2.0"), (get("foo"), "target"),
+                (get("/", "X: a\nb"), "CR|LF|line|control"), (get(method="CONNECT"), "CONNECT"),
+                (post("Content-Length: 1x"), "Content-Length.*1x"), (chunked(b"x\r\n"), "chunk"),
+                (chunked(b"", "Content-Length: 1"), "Transfer-Encoding.*Content-Length"),
+                (chunked(b"0\r\nHost: x\r\n\r\n"), "Host.*trailer")):
+            with self.subTest(data=data):
+                self.assertRegex(self.fetch(server, data).body.decode(), cause)
+
+    def test_the_answer_to_head_has_no_body_even_when_it_is_refused(self):
+        server = self.serve(hello, max_body=10)                  # RFC 9110 9.3.2
+        for lines, status in ((("Content-Length: 11",), 413), (("Content-Length: x",), 400),
+                              (("Expect: x",), 417)):
+            with self.subTest(lines):
+                wire = self.connect(server).send(get("/", *lines, method="HEAD"))
+                self.assertEqual(wire.answer("HEAD").status, status)
+                self.assert_closed(wire)
+
+    def test_what_can_never_become_a_request_is_not_waited_for(self):
+        server = self.serve(hello)
+        for data in (b"GET / HTTP/1.1\nHost: x\n\n", b"GET / HTTP/1.0\n\n", b"GET /\n",
+                     b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03", b"\0\0\0\0"):
+            with self.subTest(data=data):
+                wire = self.connect(server).send(data)
+                self.assertEqual([answer.status for answer in wire.answers()], [400])
+
+    def test_every_limit_can_be_set(self):
+        server = self.serve(hello, max_request_line=100, max_header_bytes=400, max_headers=5)
+        for data, status in (
+                (get("/" + "x" * 60), 200),
+                (get("/" + "x" * 100), 414),
+                (get("/", "X: " + "y" * 300), 200),
+                (get("/", "X: " + "y" * 400), 431),
+                (get("/", *["X: y"] * 4), 200),
+                (get("/", *["X: y"] * 5), 431)):
+            with self.subTest(data=data[:40], length=len(data)):
+                self.assertEqual(self.fetch(server, data).status, status)
+
+    def test_a_client_that_goes_on_sending_after_its_answer_is_cut_off(self):
+        wire = self.connect(self.serve(hello))
+        wire.send(b"nonsense\r\n\r\n")
+        self.assertEqual(wire.answer().status, 400)
+        start = time.monotonic()
+        with self.assertRaises(ConnectionError):
+            while time.monotonic() < start + 10 * SLOW:
+                wire.send(bytes(1000))
+                time.sleep(0.01)                             # a slow one: bytes alone do not end it
+
+
+class ServedRequestTest(WireTest):
+    """RFC 9112 2 to 7 and 9110: forms of a request that are odd but right."""
+
+    def environ(self, data, **settings):
+        app = Recorder()
+        answer = self.fetch(self.serve(app, **settings), data)
+        self.assertEqual(answer.status, 200, answer)
+        self.assertEqual(len(app.calls), 1)
+        return app.calls[0]
+
+    def test_the_environ_says_what_the_request_said(self):
+        app = Recorder()
+        server = self.serve(app)
+        self.fetch(server, post("Content-Length: 2", "Content-Type: a/b", "X-Y: \t é ß \t ",
+                                body=b"ab", path="/a%20b/%C5%81%2F?c=%20&d"))
+        environ, = app.calls
+        expected = dict(
+            REQUEST_METHOD="POST", SCRIPT_NAME="", PATH_INFO="/a b/\xc5\x81/", body=b"ab",
+            QUERY_STRING="c=%20&d", CONTENT_LENGTH="2", CONTENT_TYPE="a/b", HTTP_X_Y="é ß",
+            HTTP_HOST="x", SERVER_PROTOCOL="HTTP/1.1", SERVER_PORT=str(server.port),
+            REMOTE_ADDR="127.0.0.1")
+        self.assertEqual({name: environ.get(name) for name in expected}, expected)
+
+    def test_a_repeated_field_is_joined(self):
+        environ = self.environ(get("/", "X: a", "Cookie: a=1", "x: b", "cookie: b=2", "X: c"))
+        self.assertEqual(environ["HTTP_X"].replace(" ", ""), "a,b,c")
+        self.assertEqual(environ["HTTP_COOKIE"], "a=1; b=2")
+
+    def test_an_absolute_target_beats_the_host_field(self):
+        environ = self.environ(get("http://target.example:81/path?q"))
+        self.assertEqual((environ["HTTP_HOST"], environ["PATH_INFO"], environ["QUERY_STRING"]),
+                         ("target.example:81", "/path", "q"))
+        self.assertEqual(self.environ(get("http://target.example"))["PATH_INFO"], "/")
+
+    def test_host_may_be_empty_and_may_be_an_address(self):
+        for host in ("", "x:80", "[::1]:80", "127.0.0.1", "xn--e1afmkfd.example.", "a_b"):
+            with self.subTest(host):
+                environ = self.environ(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode())
+                self.assertEqual(environ["HTTP_HOST"], host)
+        self.environ(b"GET / HTTP/1.0\r\n\r\n")
+
+    def test_a_line_end_before_the_request_is_ignored(self):
+        self.environ(b"\r\n" + get())                          # RFC 9112 2.2
+
+    def test_a_field_with_an_underscore_is_dropped(self):
+        self.assertNotIn("HTTP_X_Y", self.environ(get("/", "X_Y: a")))
+        self.assertEqual(self.environ(get("/", "X_Y: a", "X-Y: b"))["HTTP_X_Y"], "b")
+        self.assertNotIn("CONTENT_LENGTH", self.environ(get("/", "Content_Length: 5")))
+
+    def test_dropped_fields_are_logged_once(self):
+        log, server = self.listen_to_log(), self.serve(hello)
+        for i in range(3):
+            self.fetch(server, get("/", "X_%d: a" % i))
+        self.assertIn("X_0", log.next())
+        self.assertTrue(log.queue.empty())
+
+    def test_options_of_the_whole_server_is_its_own_answer(self):
+        app = Recorder()
+        answer = self.fetch(self.serve(app), get("*", method="OPTIONS"))
+        self.assertEqual((answer.status, app.calls), (204, []))
+
+    def test_any_method_that_is_a_token_reaches_the_application(self):
+        for method in ("PURGE", "M-SEARCH", "BASELINE-CONTROL"):
+            with self.subTest(method):
+                environ = self.environ(get(method=method))
+                self.assertEqual(environ["REQUEST_METHOD"], method)
+
+    def test_a_chunked_body_arrives_decoded(self):
+        for body, expected in (
+                (HELLO5, b"hello"),
+                (b"0\r\n\r\n", b""),
+                (b"5\r\nhello\r\n000\r\n\r\n", b"hello"),
+                (b"00000005\r\nhello\r\n6;a=b;c=\"d;e\"\r\n world\r\n0;x\r\n\r\n", b"hello world"),
+                (b"1A\r\n" + b"x" * 26 + b"\r\n1a\r\n" + b"y" * 26 + b"\r\n0\r\n\r\n",
+                 b"x" * 26 + b"y" * 26),
+                (b"5\r\nhello\r\n0\r\nX-Checksum: 1\r\nY:\r\n\r\n", b"hello")):
+            with self.subTest(body=body):
+                environ = self.environ(chunked(body, "X-Checksum: 2"))
+                self.assertEqual(environ["body"], expected)
+                self.assertIs(environ["wsgi.input_terminated"], True)
+                self.assertNotIn("HTTP_TRANSFER_ENCODING", environ)
+                self.assertEqual(environ["HTTP_X_CHECKSUM"], "2")      # a trailer is not merged
+        self.assertEqual(self.environ(post("Transfer-Encoding: CHUNKED", body=HELLO5))["body"],
+                         b"hello")
+
+    def test_requests_that_come_byte_by_byte_or_all_at_once_are_answered_alike(self):
+        data = (get("/1") + post("Content-Length: 5", body=b"GET /", path="/2")
+                + chunked(HELLO5 + b"\r\n") + chunked(b"5;x=y\r\nhello\r\n0\r\nX: y\r\n\r\n")
+                + get("/5", "Connection: close"))
+        for step in (1, 2, 7, len(data)):
+            app = Recorder()
+            wire = self.connect(self.serve(app))
+            wire.send(*(data[i:i + step] for i in range(0, len(data), step)))
+            with self.subTest(step=step):
+                self.assertEqual([answer.body for answer in wire.answers()],
+                                 [b"/1", b"/2", b"/", b"/", b"/5"])
+                self.assertEqual([environ["body"] for environ in app.calls],
+                                 [b"", b"GET /", b"hello", b"hello", b""])
+
+    def test_a_million_chunks_of_one_byte_are_quick_and_delay_nobody(self):
+        count = 1000000 if LONG else 100000
+        server = self.serve(Recorder())
+        wire = self.connect(server)
+        start = time.monotonic()
+        sender = threading.Thread(target=wire.send, args=(
+            chunked(b"1\r\na\r\n" * count + b"0\r\n\r\n"),))
+        sender.start()
+        worst = 0
+        while sender.is_alive():
+            then = time.monotonic()
+            self.fetch(server, get())
+            worst = max(worst, time.monotonic() - then)
+            time.sleep(0.02)
+        self.assertEqual(wire.answer().status, 200)
+        self.assertLess(time.monotonic() - start, 4 * SLOW)
+        self.assertLess(worst, 0.25 * SLOW)
+
+
+class ExpectTest(WireTest):
+    """RFC 9110 10.1.1: 100 (Continue) is a promise to read, so it is sent when reading begins."""
+
+    EXPECT = "Expect: 100-Continue", "Content-Length: 5"
+
+    def test_100_comes_before_the_body(self):
+        app = Recorder()
+        wire = self.connect(self.serve(app))
+        for body in (b"hello", b"again"):
+            wire.send(post(*self.EXPECT))
+            self.assertEqual(wire.answer().status, 100)
+            wire.send(body)
+            self.assertEqual((wire.answer().status, app.calls[-1]["body"]), (200, body))
+        wire.send(post("Expect: 100-continue", "Transfer-Encoding: chunked"))
+        self.assertEqual(wire.answer().status, 100)
+        self.assertEqual(wire.send(HELLO5).answer().status, 200)
+
+    def test_100_is_not_sent_where_nothing_will_be_read(self):
+        app = App()
+        app.route("/here", "POST", lambda: "ok")
+        server = self.serve(app, max_body=100)
+        for data, expected in (
+                (post(*self.EXPECT, path="/nowhere"), 404),
+                (get("/here", *self.EXPECT, method="PUT"), 405),
+                (post("Expect: 100-continue", "Content-Length: 101", path="/here"), 413),
+                (post("Expect: 100-continue", "Content-Length: 0", path="/here"), 200),
+                (post("Expect: 100-continue", path="/here"), 200),
+                (post("Expect: 100-continue", "Content-Length: 1x", path="/here"), 400),
+                (post(*self.EXPECT, path="/here"), 100)):
+            with self.subTest(data=data):
+                self.assertEqual(self.fetch(server, data).status, expected)
+
+    def test_another_expectation_is_refused(self):
+        server = self.serve(hello)
+        for value in ("200-ok", "100-continue, x"):
+            answer = self.fetch(server, post("Expect: " + value, "Content-Length: 5"))
+            self.assertEqual(answer.status, 417)
+
+    def test_http_1_0_knows_no_100(self):
+        wire = self.connect(self.serve(hello)).send(
+            b"POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\nhello")
+        self.assertEqual([answer.status for answer in wire.answers()], [200])
+
+
+class ConnectionTest(WireTest):
+    """RFC 9112 9: who closes when."""
+
+    def test_keep_alive_follows_version_and_connection_field(self):
+        server = self.serve(hello)
+        for version, field, keeps in (
+                ("1.1", None, True), ("1.1", "close", False), ("1.1", "Close", False),
+                ("1.1", "keep-alive", True), ("1.1", "x, close", False), ("1.1", "closed", True),
+                ("1.1", "keep-alive, close", False), ("1.0", None, False), ("1.0", "x", False),
+                ("1.0", "keep-alive", True), ("1.0", "Keep-Alive", True), ("1.0", "close", False)):
+            with self.subTest(version=version, field=field):
+                lines = ["Connection: " + field] if field else []
+                wire = self.connect(server)
+                for _ in range(3 if keeps else 1):
+                    answer = wire.send(get("/", *lines, version="HTTP/" + version)).answer()
+                    self.assertEqual(answer.body, b"Hello World!")
+                if not keeps:
+                    self.assertEqual(answer.headers["Connection"], "close")
+                    self.assert_closed(wire)
+                elif version == "1.0":
+                    self.assertEqual(answer.headers["Connection"].lower(), "keep-alive")
+                wire.close()
+
+    def test_an_answer_of_unknown_length_ends_http_1_0(self):
+        wire = self.connect(self.serve(reply(lambda: iter([b"a", b"b"]))))
+        wire.send(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        answer = wire.answer()
+        self.assertNotIn("Transfer-Encoding", answer.headers)
+        self.assertEqual(answer.body, b"ab")
+        self.assert_closed(wire)
+
+    def test_pipelined_requests_are_answered_in_their_order(self):
+        def app(environ, start_response):
+            if environ["PATH_INFO"].endswith("0"):
+                time.sleep(0.01)
+            return recorder(environ, start_response)
+        recorder = Recorder()
+        wire = self.connect(self.serve(app))
+        paths = ["/%d" % i for i in range(100)]
+        wire.send(b"".join(map(get, paths)))
+        self.assertEqual([wire.answer().body.decode() for _ in paths], paths)
+        self.assertEqual(recorder.paths, paths)
+
+    def test_an_unread_body_is_never_taken_for_a_request(self):
+        calls = []
+
+        def app(environ, start_response):
+            calls.append(environ["PATH_INFO"])
+            return hello(environ, start_response)
+        server = self.serve(app)
+        for data in (post("Content-Length: %d" % len(CANARY), body=CANARY),
+                     chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(CANARY), CANARY))):
+            answers = self.connect(server).send(data + get("/2", "Connection: close")).answers()
+            self.assertEqual(answers[0].status, 200)
+        self.assertNotIn("/canary", calls)
+
+    def test_an_answer_after_which_the_server_closes_says_so(self):
+        app = App()
+        app.route("/get", "GET", lambda: "ok")
+        server = self.serve(app)
+        for path in ("/get", "/nowhere"):
+            for data in (post("Content-Length: %d" % len(CANARY), body=CANARY, path=path),
+                         chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(CANARY), CANARY), path=path),
+                         post("Content-Length: 1000000", path=path)):
+                with self.subTest(data=data):
+                    wire = self.connect(server).send(data)
+                    if wire.answer().headers["Connection"] == "close":
+                        self.assert_closed(wire)
+                    else:
+                        wire.send(get("/get", "Connection: close"))
+                        self.assertEqual([answer.body for answer in wire.answers()], [b"ok"])
+
+    def test_a_half_closed_client_still_gets_its_answers(self):
+        def app(environ, start_response):
+            time.sleep(0.02)
+            return hello(environ, start_response)
+        wire = self.connect(self.serve(app)).send(get() * 3)
+        wire.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual([answer.status for answer in wire.answers()], [200] * 3)
+
+    def test_a_thousand_requests_of_every_kind_share_one_connection(self):
+        def app(environ, start_response):
+            path = environ["PATH_INFO"]
+            if path in ("/204", "/304"):
+                start_response(path[1:] + " X", [])
+                return [] if environ["QUERY_STRING"] else [b"no body may be sent"]
+            write = start_response("200 OK", [TEXT] + lengths.get(path, []))
+            if path == "/write":
+                write(b"wri")
+                return [b"te"]
+            if path == "/echo":
+                return [environ["wsgi.input"].read()]
+            return iter([b"ge", b"", b"n"]) if path.startswith("/gen") else [b"list"]
+        lengths = {"/list": [("Content-Length", "4")], "/gen4": [("Content-Length", "3")]}
+        kinds = (("GET", "/list", None, b"list"), ("GET", "/unsized", None, b"list"),
+                 ("GET", "/gen", None, b"gen"), ("GET", "/gen4", None, b"gen"),
+                 ("GET", "/write", None, b"write"), ("GET", "/204", None, b""),
+                 ("GET", "/304", None, b""), ("GET", "/204?empty", None, b""),
+                 ("HEAD", "/list", None, b""), ("HEAD", "/gen", None, b""),
+                 ("HEAD", "/gen4", None, b""), ("HEAD", "/write", None, b""),
+                 ("POST", "/echo", b"x" * 3000, b"x" * 3000),
+                 ("POST", "/echo", [b"a", b"b" * 70000], b"a" + b"b" * 70000),
+                 ("POST", "/unread", CANARY * 100, b"list"),
+                 ("PUT", "/gen", [CANARY] * 3, b"gen"))
+        server = self.serve(app)
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        self.addCleanup(client.close)
+        client.connect()
+        sock = client.sock
+        for method, path, body, expected in itertools.islice(itertools.cycle(kinds), 1000):
+            client.request(method, path, body, encode_chunked=isinstance(body, list), headers={
+                "Transfer-Encoding": "chunked"} if isinstance(body, list) else {})
+            response = client.getresponse()
+            self.assertEqual((path, response.read()), (path, expected))
+            self.assertIs(client.sock, sock, "closed after %s %s" % (method, path))
+
+    def test_204_and_304_have_no_framing(self):
+        def app(environ, start_response):
+            start_response(environ["PATH_INFO"][1:] + " X", [("ETag", '"x"')])
+            return [b"nothing of this"]
+        server = self.serve(app)
+        for path in ("/204", "/304"):
+            for method in ("GET", "HEAD"):
+                answers = self.connect(server).send(
+                    get(path, "Connection: close", method=method)).answers()
+                self.assertEqual(len(answers), 1)
+                self.assertNotIn("Transfer-Encoding", answers[0].headers)
+                if path == "/204":                              # RFC 9110 8.6
+                    self.assertNotIn("Content-Length", answers[0].headers)
+
+    def test_an_application_that_sends_less_than_it_announced_is_cut_and_logged(self):
+        log = self.listen_to_log()
+        for body in ([b"short"], lambda: iter([b"sh", b"ort"])):
+            with self.assertRaises((Cut, ConnectionResetError)):
+                self.fetch(self.serve(reply(body, ("Content-Length", "10"))), get())
+            self.assertRegex(log.next(), r"\b10\b")
+            self.assertTrue(log.queue.empty())
+
+    def test_an_application_that_sends_more_than_it_announced_is_cut_to_it(self):
+        pieces = [b"hel", b"lo wor", b"ld"]
+        for body in (pieces, lambda: iter(pieces)):
+            wire = self.connect(self.serve(reply(body, ("Content-Length", "5"))))
+            wire.send(get(), get("/", "Connection: close"))
+            self.assertEqual({answer.body for answer in wire.answers()}, {b"hello"})
+
+    def test_an_answer_that_breaks_off_does_not_look_whole(self):
+        log = self.listen_to_log()
+        with self.assertRaises((Cut, ConnectionResetError)):
+            self.fetch(self.serve(reply(break_off)), get("/path"))
+        self.assertIn("/path", log.next())
+
+    def test_an_application_that_raises_gives_500_and_the_next_request_is_served(self):
+        def app(environ, start_response):
+            if environ["PATH_INFO"] == "/":
+                return hello(environ, start_response)
+            raise {"/value": ValueError, "/exit": SystemExit, "/stop": StopIteration,
+                   "/keys": KeyboardInterrupt}[environ["PATH_INFO"]]("secret")
+        log, server = self.listen_to_log(), self.serve(app)
+        for path in ("/value", "/exit", "/stop", "/keys"):
+            with self.subTest(path):
+                answer = self.fetch(server, get(path))
+                self.assertEqual(answer.status, 500)
+                self.assertNotIn(b"secret", answer.body)
+                self.assertIn(path, log.next())
+                self.assertEqual(self.fetch(server, get()).status, 200)
+
+    def test_date_and_server_are_sent_once_and_those_of_the_application_win(self):
+        now = r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT"
+        mine = reply([b""], ("Date", "mine"), ("server", "mine"))
+        for app, name, date in ((hello, "minibottle", now), (mine, "mine", "mine")):
+            headers = self.fetch(self.serve(app), get()).headers
+            self.assertEqual(headers.get_all("Server"), [name])
+            self.assertEqual(len(headers.get_all("Date")), 1)
+            self.assertRegex(headers["Date"], r"\A%s\Z" % date)
+
+
+class DeadlineTest(WireTest):
+    """A thread is never held by the network, and every wait ends."""
+
+    def test_silent_and_trickling_clients_delay_nobody_and_end_at_the_deadline(self):
+        server = self.serve(hello, header_timeout=1)
+        start, over, waits = time.monotonic(), threading.Event(), []
+        silent = [self.connect(server) for _ in range(200)]
+        trickling = [self.connect(server) for _ in range(50)]
+
+        def trickle():
+            for byte in itertools.chain(b"GET / HTTP/1.1\r\nX: ", itertools.repeat(97)):
+                for wire in trickling:
+                    with contextlib.suppress(OSError):
+                        wire.sock.send(bytes([byte]))
+                if over.wait(0.05):
+                    return
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            while time.monotonic() < start + 0.8:
+                then = time.monotonic()
+                self.assertEqual(self.fetch(server, get()).status, 200)
+                waits.append(time.monotonic() - then)
+                time.sleep(0.02)
+            self.assertLess(max(waits), 0.4 * SLOW)
+            self.assertEqual({wire.file.read() for wire in silent}, {b""})
+            for wire in trickling:
+                self.assertEqual(wire.answer().status, 408)
+            self.assertLess(time.monotonic() - start, 1 + 1 * SLOW)
+            self.assertGreater(time.monotonic() - start, 0.9)
+        finally:
+            over.set()
+            thread.join()
+
+    def test_every_other_wait_ends_too(self):
+        big = reply([bytes(20000000)])
+        idle = self.connect(self.serve(hello, keepalive_timeout=1)).send(get())
+        second = self.connect(self.serve(hello, header_timeout=1)).send(get(), b"GET / ")
+        body = self.connect(self.serve(hello, body_timeout=1)).send(post("Content-Length: 9"))
+        writing = self.connect(self.serve(big, write_timeout=1), receive_bytes=4096).send(get())
+        start = time.monotonic()
+        self.assertEqual(idle.answer().status, 200)
+        self.assert_closed(idle)
+        self.assertEqual(body.answer().status, 408)
+        self.assert_closed(body)
+        self.assertEqual([answer.status for answer in second.answers()], [200, 408])
+        time.sleep(max(0, start + 1 + SLOW - time.monotonic()))
+        with self.assertRaises((Cut, ConnectionError)):         # what was on its way, then the end
+            writing.answer()
+        self.assertLess(time.monotonic() - start, 1 + 2 * SLOW)
+
+    def test_a_body_slower_than_the_least_rate_ends(self):
+        wire = self.connect(self.serve(hello, body_timeout=1)).send(post("Content-Length: 9999"))
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < start + 4 * SLOW:
+                wire.send(b"x")                                  # never a whole second without one
+                wire.sock.settimeout(0.1)
+                with contextlib.suppress(socket.timeout):
+                    self.assertIn(b" 408 ", wire.sock.recv(1000))
+                    return
+        self.fail("still open after %.1f seconds" % (time.monotonic() - start))
+
+
+class RefusedUploadTest(WireTest):
+    """RFC 9112 9.6: closing with unread input would destroy the answer, so it is drained."""
+
+    SIZE = 50000000
+
+    def upload(self, server, path, in_chunks):
+        """The status that http.client sees."""
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
+        with contextlib.closing(client):
+            if in_chunks:
+                client.request("POST", path, [bytes(1000000)] * 50, encode_chunked=True,
+                               headers={"Transfer-Encoding": "chunked"})
+            else:
+                client.request("POST", path, bytes(self.SIZE))
+            return client.getresponse().status
+
+    def test_http_client_reads_the_413_of_a_50_mb_upload_every_time(self):
+        server = self.serve(hello, max_body=1000000)
+        for i in range(20 if LONG else 4):
+            with self.subTest(i=i):
+                self.assertEqual(self.upload(server, "/", in_chunks=i % 2), 413)
+
+    def test_http_client_reads_the_404_or_405_of_an_upload_that_nobody_wants(self):
+        app = App()
+        app.route("/get", "GET", lambda: "ok")
+        server = self.serve(app)
+        for path, status in [("/nowhere", 404), ("/get", 405)] * (4 if LONG else 1):
+            for in_chunks in (False, True):
+                with self.subTest(path, in_chunks=in_chunks):
+                    self.assertEqual(self.upload(server, path, in_chunks), status)
+
+    @unittest.skipUnless(shutil.which("curl"), "no curl here")
+    def test_curl_reads_the_413_of_a_50_mb_upload_every_time(self):
+        server = self.serve(hello, max_body=1000000)
+        with tempfile.NamedTemporaryFile() as file:
+            file.truncate(self.SIZE)
+            for i in range(20 if LONG else 3):
+                field = ("Expect:", "Transfer-Encoding: chunked", "X: y")[i % 3]
+                done = subprocess.run(
+                    ["curl", "-s", "-S", "--noproxy", "*", "-H", field, "-o", os.devnull,
+                     "-w", "%{http_code}", "-X", "POST", "-T", file.name, server.url + "/"],
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
+                with self.subTest(i=i, field=field):
+                    self.assertEqual((done.stdout, done.stderr, done.returncode), (b"413", b"", 0))
+
+
+PAGE = b"<p>Hello World!</p>\n" * 500
+
+
+class GzipTest(WireTest):
+    """RFC 9110 8.4 and 12.5.3, for any WSGI application."""
+
+    def setUp(self):
+        self.status, self.headers, self.body, self.flag = "200 OK", [TEXT], [PAGE], None
+        self.server = self.serve(self.app)
+
+    def app(self, environ, start_response):
+        if self.flag is not None:
+            environ["minibottle.gzip"] = self.flag
+        start_response(self.status, self.headers)
+        return self.body() if callable(self.body) else self.body
+
+    def ask(self, accept="gzip", **options):
+        lines = () if accept is None else ("Accept-Encoding: " + accept,)
+        return self.fetch(self.server, get("/", *lines, **options), options.get("method", "GET"))
+
+    def assert_gzipped(self, answer, body=PAGE):
+        self.assertEqual(answer.headers.get_all("Content-Encoding"), ["gzip"])
+        self.assertIn("accept-encoding", answer.headers["Vary"].lower())
+        self.assertEqual(gzip.decompress(answer.body), body)
+
+    def assert_plain(self, answer, body=PAGE):
+        self.assertNotIn("Content-Encoding", answer.headers)
+        self.assertEqual(answer.body, body)
+
+    def test_it_is_used_only_for_clients_that_accept_it(self):
+        for accept, gzipped in (
+                ("gzip", True), ("GZip", True), ("gzip, br", True), ("br,gzip;q=0.5", True),
+                ("*", True), ("*;q=0.1", True), ("gzip;q=0.001", True), ("gzip ; q=1.000", True),
+                ("identity;q=0.5, gzip;q=1.0, *;q=0", True), ("br;q=0, *", True),
+                ("gzip;q=0", False), ("gzip;q=0.0", False), ("gzip; q=0.000", False),
+                ("gzip;Q=0", False), ("*;q=0", False), ("gzip;q=0, *", False),
+                ("*, gzip;q=0", False), ("identity", False), ("", False), (None, False),
+                ("gzipped", False), ("x-gzip-not", False), ("br, deflate", False)):
+            with self.subTest(accept):
+                answer = self.ask(accept)
+                (self.assert_gzipped if gzipped else self.assert_plain)(answer)
+                self.assertIn("accept-encoding", answer.headers["Vary"].lower())
+                self.assertEqual(int(answer.headers["Content-Length"]), len(answer.body))
+
+    def test_text_is_compressed_and_what_is_small_or_packed_is_not(self):
+        for kind, gzipped in (
+                ("text/html; charset=utf-8", True), ("application/json", True), ("TEXT/CSS", True),
+                ("application/javascript", True), ("image/svg+xml", True),
+                ("application/atom+xml", True), ("image/png", False), ("video/mp4", False),
+                ("application/zip", False), ("application/octet-stream", False)):
+            self.headers = [("Content-Type", kind)]
+            with self.subTest(kind):
+                (self.assert_gzipped if gzipped else self.assert_plain)(self.ask())
+        self.headers, self.body = [TEXT], [b"x" * 1023]
+        self.assert_plain(self.ask(), b"x" * 1023)
+        self.body = [b"x" * 512, b"x" * 512]
+        self.assert_gzipped(self.ask(), b"x" * 1024)
+
+    def test_its_least_size_can_be_set(self):
+        self.server, self.body = self.serve(self.app, gzip_min=50), [b"x" * 60]
+        self.assert_gzipped(self.ask(), b"x" * 60)
+
+    def test_some_answers_are_never_touched(self):
+        for status, headers, flag in (
+                ("206 Partial Content", [("Content-Range", "bytes 0-9999/20000")], None),
+                ("200 OK", [("Content-Encoding", "br")], None),
+                ("200 OK", [("Cache-Control", "public, No-Transform")], None),
+                ("200 OK", [], False)):
+            self.status, self.headers, self.flag = status, [TEXT, ("ETag", '"x"')] + headers, flag
+            with self.subTest(status=status, headers=headers, flag=flag):
+                answer = self.ask()
+                self.assertNotEqual(answer.headers["Content-Encoding"], "gzip")
+                self.assertEqual((answer.body, answer.headers["ETag"]), (PAGE, '"x"'))
+
+    def test_answers_without_a_body_carry_no_content_encoding(self):
+        for self.status in ("204 No Content", "304 Not Modified"):
+            for self.body in ([], [PAGE], lambda: iter([PAGE])):
+                answer = self.ask()
+                self.assertNotIn("Content-Encoding", answer.headers)
+
+    def test_head_announces_nothing_that_get_would_not_send(self):
+        for self.body in ([PAGE], lambda: iter([PAGE])):
+            for extra in ([], [("Content-Length", str(len(PAGE)))]):
+                self.headers = [TEXT] + extra
+                full, head = self.ask(), self.ask(method="HEAD")
+                self.assertEqual(full.headers["Vary"], head.headers["Vary"])
+                self.assertIn(head.headers["Content-Length"],
+                              (None, full.headers["Content-Length"]))
+
+    def test_a_strong_etag_becomes_weak_and_vary_is_extended(self):
+        self.headers = [TEXT, ("ETag", '"x"'), ("Vary", "Cookie")]
+        answer = self.ask()
+        self.assertEqual(answer.headers["ETag"], 'W/"x"')
+        self.assertRegex(", ".join(answer.headers.get_all("Vary")), "(?i)cookie, *accept-encoding")
+        self.assertEqual(self.ask(None).headers["ETag"], '"x"')
+        self.headers = [TEXT, ("ETag", 'W/"x"'), ("Vary", "accept-encoding")]
+        answer = self.ask()
+        self.assertEqual((answer.headers["ETag"], answer.headers.get_all("Vary")),
+                         ('W/"x"', ["accept-encoding"]))
+
+    def test_a_stream_is_compressed_whole(self):
+        self.body = lambda: (PAGE[i:i + 700] for i in range(0, len(PAGE), 700))
+        for extra in ([], [("Content-Length", str(len(PAGE)))]):
+            self.headers = [TEXT] + extra
+            self.assert_gzipped(self.ask())
+            self.assert_plain(self.ask(None))
+
+    def test_each_piece_of_a_stream_arrives_before_the_next_is_made(self):
+        pieces = queue.Queue()
+        self.body = lambda: iter(pieces.get, None)
+        for kind in ("text/event-stream", "text/html"):
+            for accept in ("gzip", "identity"):
+                with self.subTest(kind=kind, accept=accept):
+                    self.headers = [("Content-Type", kind)]
+                    wire = self.connect(self.server).send(get("/", "Accept-Encoding: " + accept))
+                    self.step_through(wire, pieces)
+
+    def step_through(self, wire, pieces):
+        """Make one event at a time, and read it off the wire before the next."""
+        decode = None
+        try:
+            for event in [b"data: %d\n\n" % i for i in range(5)] + [b"x" * 5000, b"end"]:
+                pieces.put(event)
+                if decode is None:
+                    headers = wire.head()[2]
+                    packed = headers["Content-Encoding"] == "gzip"
+                    decode = zlib.decompressobj(31).decompress if packed else bytes
+                text = b""
+                while len(text) < len(event):
+                    text += decode(wire.chunk())
+                self.assertEqual(text, event)
+        finally:
+            pieces.put(None)
+        decode(b"".join(iter(wire.chunk, b"")))
+
+
+class WsgiTest(WireTest):
+    """PEP 3333, with the validator of the standard library between server and application."""
+
+    def validated(self, app, data=None, method="GET"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", WSGIWarning)
+            return self.fetch(self.serve(validator(app)), data or get(), method)
+
+    def test_every_shape_of_application_passes_the_validator(self):
+        def as_generator(environ, start_response):
+            start_response("200 OK", [TEXT])
+            yield b""
+            yield b"he"
+            yield b"llo"
+
+        def as_write(environ, start_response):
+            write = start_response("200 OK", [TEXT])
+            write(b"he")
+            write(b"llo")
+            return []
+
+        def as_both(environ, start_response):
+            start_response("200 OK", [TEXT, ("Content-Length", "5")])(b"he")
+            return iter([b"llo"])
+
+        def as_file(environ, start_response):
+            start_response("200 OK", [TEXT])
+            return environ["wsgi.file_wrapper"](io.BytesIO(b"hello"), 2)
+
+        def as_second_thought(environ, start_response):
+            start_response("500 Oops", [TEXT])
+            try:
+                raise ValueError
+            except ValueError:
+                start_response("200 OK", [TEXT], sys.exc_info())
+            return [b"hello"]
+
+        as_list, as_closing = reply([b"he", b"", b"llo"]), reply(lambda: Closable([b"hello"]))
+        for app in (as_list, as_generator, as_write, as_both, as_file, as_second_thought,
+                    as_closing):
+            for method in ("GET", "HEAD"):
+                with self.subTest(app=app, method=method):
+                    answer = self.validated(app, get(method=method), method)
+                    expected = b"hello" if method == "GET" else b""
+                    self.assertEqual((answer.status, answer.body), (200, expected))
+
+    def test_an_answer_may_be_empty(self):
+        for pieces in ([], [b""], (), iter([]), [b"", b""]):
+            with self.subTest(pieces=pieces):
+                self.assertEqual(self.validated(reply(pieces))[::3], (200, b""))
+
+    def test_the_input_behaves_as_a_file(self):
+        found = []
+
+        def app(environ, start_response):
+            source = environ["wsgi.input"]
+            found[:] = [source.read(2), source.readline(), source.readline(2), next(iter(source)),
+                        source.readlines(), source.read(10), source.readline()]
+            return hello(environ, start_response)
+        lines = b"abcd\nefgh\nij\nkl"
+        for data in (post("Content-Length: 15", body=lines),
+                     chunked(b"3\r\nabc\r\nc\r\nd\nefgh\nij\nkl\r\n0\r\n\r\n")):
+            self.assertEqual(self.validated(app, data).status, 200)
+            self.assertEqual(found, [b"ab", b"cd\n", b"ef", b"gh\n", [b"ij\n", b"kl"], b"", b""])
+
+    def test_a_large_input_is_whole(self):
+        app, body = Recorder(), os.urandom(2000000)           # larger than what stays in memory
+        for data in (post("Content-Length: 2000000", body=body),
+                     chunked(b"1e8480\r\n" + body + b"\r\n0\r\n\r\n")):
+            self.assertEqual(self.fetch(self.serve(app), data).status, 200)
+            self.assertTrue(app.calls.pop()["body"] == body)
+
+    def test_exc_info_after_the_head_ends_the_answer(self):
+        def app(environ, start_response):
+            start_response("200 OK", [TEXT])
+            yield b"begun"
+            try:
+                raise ValueError("late")
+            except ValueError:
+                start_response("500 Oops", [TEXT], sys.exc_info())
+            yield b"never sent"
+        wire = self.connect(self.serve(app)).send(get())
+        with self.assertRaises((Cut, ConnectionResetError)):
+            wire.answer()
+
+    def test_misuse_of_start_response_is_a_500(self):
+        def twice(environ, start_response):
+            start_response("200 OK", [TEXT])
+            return hello(environ, start_response)
+
+        def never(environ, start_response):
+            return [b"x"]
+        log = self.listen_to_log()
+        for app in (twice, never, reply(["text"]), reply(None), reply(iter(["text"]))):
+            with self.subTest(app=app):
+                self.assertEqual(self.fetch(self.serve(app), get()).status, 500)
+                self.assertTrue(log.next())
+
+    def test_close_is_called_exactly_once(self):
+        for pieces, method in (([b"x"], "GET"), ([b"x"], "HEAD"), (break_off(), "GET"),
+                               ([b"x" * 100000] * 50, "GET"), ([], "GET")):
+            body = Closable(pieces)
+            with contextlib.suppress(Cut, ConnectionResetError):
+                self.fetch(self.serve(reply(body)), get(method=method), method)
+            self.assertTrue(body.ended.wait(TIMEOUT))
+            self.assertEqual(body.closed, 1)
+
+    def test_what_could_split_an_answer_is_a_500_and_a_log_line(self):
+        log = self.listen_to_log()
+        for status, name, value in (
+                ("200 OK", "X", "a\r\nInjected: 1"), ("200 OK", "X", "a\nInjected: 1"),
+                ("200 OK", "X", "a\rInjected: 1"), ("200 OK", "X", "a\0"), ("200 OK", "X", "\x1b"),
+                ("200 OK", "X\r\nInjected", "1"), ("200 OK", "X: a\nInjected", "1"),
+                ("200 OK", "X Y", "1"), ("200 OK", "", "1"), ("200 OK", "X:", "1"),
+                ("200 OK", "X", "\u2028"), ("200 OK", "X", 1), ("200 OK", "X", b"1"),
+                ("200 OK\r\nInjected: 1", "X", "1"), ("200 O\nK", "X", "1"),
+                ("200 \0", "X", "1"), ("abc", "X", "1"), ("20 OK", "X", "1"),
+                ("200 OK", "Content-Length", "1, 1"), ("200 OK", "Content-Length", "+1"),
+                ("200 OK", "Content-Length", "x"), (200, "X", "1"), (b"200 OK", "X", "1")):
+            with self.subTest(status=status, name=name, value=value):
+                app = reply([b"x"], (name, value), status=status)
+                answer = self.fetch(self.serve(app), get())
+                self.assertEqual(answer.status, 500)
+                self.assertNotIn("Injected", answer.headers)
+                self.assertTrue(log.next())
+
+    def test_hop_by_hop_fields_of_an_application_are_dropped_and_logged(self):
+        log = self.listen_to_log()
+        for name in ("Connection", "keep-alive", "Proxy-Authenticate", "TE", "Transfer-Encoding",
+                     "Upgrade"):
+            with self.subTest(name):
+                answer = self.fetch(self.serve(reply([b"x"], (name, "chunked"))), get())
+                self.assertEqual((answer.status, answer.body), (200, b"x"))
+                self.assertNotIn(name, answer.headers)
+                self.assertIn(name.lower(), log.next().lower())
+
+
+class StreamTest(WireTest):
+    """Large answers, slow readers, and clients that go away."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "file")
+        data = os.urandom(5000000)
+        self.digest = hashlib.sha256(data).hexdigest()
+        with open(self.path, "wb") as file:
+            file.write(data)
+        self.files = []
+
+    def send_file(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "application/octet-stream")])
+        self.files.append(open(self.path, "rb"))
+        wrap = environ["wsgi.file_wrapper"] if environ["PATH_INFO"] == "/" else FileWrapper
+        return wrap(self.files[-1], 65536)
+
+    def wait_for(self, condition, seconds=2):
+        end = time.monotonic() + seconds * SLOW
+        while not condition():
+            self.assertLess(time.monotonic(), end, "waited in vain")
+            time.sleep(0.005)
+
+    def test_readers_that_pause_get_their_file_and_hold_no_thread(self):
+        server = self.serve(self.send_file, max_threads=1)
+        paused = [self.connect(server, receive_bytes=4096).send(get()) for _ in range(8)]
+        for wire in paused:
+            self.assertTrue(wire.sock.recv(1, socket.MSG_PEEK))     # all have begun, none goes on
+        for wire in [self.connect(server).send(get())] + paused:
+            self.assertEqual(hashlib.sha256(wire.answer().body).hexdigest(), self.digest)
+        self.wait_for(lambda: all(file.closed for file in self.files))
+
+    def test_a_paused_reader_of_an_iterator_gets_all_of_it(self):
+        wire = self.connect(self.serve(self.send_file), receive_bytes=4096).send(get("/iterator"))
+        self.assertTrue(wire.sock.recv(1, socket.MSG_PEEK))
+        time.sleep(0.3)
+        self.assertEqual(hashlib.sha256(wire.answer().body).hexdigest(), self.digest)
+
+    def test_a_file_is_sent_from_where_it_stands_and_as_far_as_announced(self):
+        def app(environ, start_response):
+            start_response("200 OK", [TEXT, ("Content-Length", "1000")])
+            file = open(self.path, "rb")
+            file.seek(4000000)
+            return environ["wsgi.file_wrapper"](file)
+        with open(self.path, "rb") as file:
+            file.seek(4000000)
+            self.assertEqual(self.fetch(self.serve(app), get()).body, file.read(1000))
+
+    def test_a_file_may_be_empty_and_may_not_be_shorter_than_announced(self):
+        def app(environ, start_response):
+            long = [("Content-Length", "6000000")] if environ["PATH_INFO"] == "/long" else []
+            start_response("200 OK", [TEXT] + long)
+            file = open(self.path, "rb")
+            file.seek(0 if long else 5000000)
+            return environ["wsgi.file_wrapper"](file)
+        server = self.serve(app)
+        self.assertEqual(self.fetch(server, get())[::3], (200, b""))
+        with self.assertRaises((Cut, ConnectionResetError)):
+            self.fetch(server, get("/long"))
+
+    def test_a_file_is_closed_when_its_client_goes_away(self):
+        server = self.serve(self.send_file)
+        for leave in (Wire.reset, Wire.close):
+            for path in ("/", "/iterator"):
+                wire = Wire(server.port, 4096).send(get(path))
+                wire.exactly(1000)
+                leave(wire)
+        self.wait_for(lambda: len(self.files) == 4 and all(file.closed for file in self.files))
+
+    def test_an_iterator_is_closed_when_its_client_goes_away(self):
+        def endless():
+            while True:
+                yield b"x" * 100000
+
+        def slow():
+            while True:
+                yield b"x"
+                time.sleep(0.05)
+        for pieces in (endless, slow):
+            for leave in (Wire.reset, Wire.close):
+                body = Closable(pieces())
+                wire = Wire(self.serve(reply(body)).port).send(get())
+                wire.head()
+                leave(wire)
+                with self.subTest(pieces=pieces.__name__, leave=leave.__name__):
+                    self.assertTrue(body.ended.wait(2 * SLOW))
+                    self.assertEqual(body.closed, 1)
+
+    def test_a_stalled_reader_of_an_endless_stream_costs_no_memory(self):
+        made = []
+
+        def endless():
+            while True:
+                made.append(1)
+                yield b"x" * 100000
+        wire = self.connect(self.serve(reply(endless)), receive_bytes=4096).send(get())
+        wire.head()
+        time.sleep(0.3)
+        self.assertLess(len(made), 100)                          # 10 MB: what the kernel buffers
+        wire.reset()
+
+
+# === 13. Workers ==============================================================
+
+class Busy(threading.Thread):
+    """A client that asks again and again, on one connection while that lasts."""
+
+    def __init__(self, url, path="/", reconnect=True):
+        super().__init__()
+        self.url, self.path, self.reconnect = url, path, reconnect
+        self.done = threading.Event()        # set to end it
+        self.first = threading.Event()       # it has had an answer
+        self.answers = collections.Counter()  # by body
+        self.lost = []                       # (when, error) of requests that were not answered
+        self.refused = []                    # when a connection was
+
+    def run(self):
+        try:
+            while not self.done.is_set():
+                self.use_connection()
+                if not self.reconnect:
+                    return
+        except ConnectionError:
+            self.refused.append(time.monotonic())
+        finally:
+            self.first.set()
+
+    def use_connection(self):
+        with contextlib.closing(Client(self.url)) as client:
+            client.connect()
+            while not self.done.is_set():
+                try:
+                    status, headers, body = client.ask(self.path)
+                except (OSError, http.client.HTTPException) as error:
+                    self.lost.append((time.monotonic(), error))
+                    return
+                self.answers[status, body] += 1
+                self.first.set()
+                if headers["Connection"] == "close":
+                    return
+
+
+@contextlib.contextmanager
+def busy(count, *args, **options):
+    """So many Busy clients, each with an answer already."""
+    clients = [Busy(*args, **options) for _ in range(count)]
+    try:
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.first.wait(TIMEOUT)
+        yield clients
+    finally:
+        for client in clients:
+            client.done.set()
+        for client in clients:
+            client.join()
+
+
+@unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
+class CommandMasterTest(PooledTest):
+    """Workers come, go, hang and are replaced; signals stop them."""
+
+    def wait_for_drain(self, client):
+        """Ask until the answer says that the worker is about to end."""
+        self.assertTrue(wait_until(lambda: client.ask()[1]["Connection"] == "close"))
+
+    def test_a_worker_that_is_killed_costs_its_own_requests_and_is_back_within_a_second(self):
+        with serve("shop:app", "--workers", "2") as server:
+            time.sleep(1)                    # it is not one that dies at once
+            with busy(8, server.url, "/pid") as clients:
+                known, victim = set(server.children()), server.worker()
+                os.kill(victim, signal.SIGKILL)
+                killed = time.monotonic()
+                self.assertTrue(wait_until(lambda: set(server.children()) - known, SLOW))
+                new = min(set(server.children()) - known)
+                self.assertTrue(wait_until(lambda: server.worker() == new, SLOW))
+                self.assertLess(time.monotonic() - killed, SLOW)
+            server.wait_for("%d .*signal 9" % victim)
+            for client in clients:
+                self.assertLessEqual(len(client.lost), 1)
+                self.assertEqual(client.refused, [])
+            self.assertEqual(server.stop(), 0)
+
+    def wait_for_workers(self, server, count):
+        """Until so many have answered."""
+        with contextlib.ExitStack() as stack:
+            pids = set()
+            while len(pids) < count:
+                client = stack.enter_context(contextlib.closing(Client(server.url)))
+                pids.add(client.ask("/pid")[2])
+
+    @contextlib.contextmanager
+    def serve_frail(self, lives):
+        """Two workers, one of them killed; those that follow live for so many seconds."""
+        broken = tempfile.mktemp(dir=FOLDER)
+        with serve("frail:app", "--workers", "2", BROKEN=broken) as server:
+            self.wait_for_workers(server, 2)
+            with open(broken, "w") as file:
+                file.write(str(lives))
+            victim = server.worker()
+            os.kill(victim, signal.SIGKILL)
+            self.assertTrue(wait_until(lambda: victim not in server.children()))
+            yield server, broken
+            self.assertTrue(wait_until(lambda: len(server.children()) == 2), server.said())
+            self.assertEqual((server.stop(), server.find("Traceback")), (0, None))
+
+    def check_pauses(self, lives, pauses):
+        """Workers that end so many seconds after their import are begun after such pauses."""
+        def deaths():
+            return [line for line in server.err if line and re.search("status 7|signal 9", line)]
+        with self.serve_frail(lives) as (server, broken):
+            for n, pause in enumerate(pauses):
+                self.assertTrue(wait_until(lambda: len(deaths()) > n, 2 * pause + 1))
+                self.assertRegex(deaths()[n], r"\b%d s\b" % pause)
+                self.assertEqual(fetch(server.url)[0], 200)
+            os.unlink(broken)
+
+    def test_workers_that_die_at_once_are_tried_again_after_growing_pauses(self):
+        pauses = (1, 2, 4, 8) if LONG else (1, 2)
+        at_once(self.check_pauses, [(0, pauses), (0.1, pauses)])
+
+    def test_a_worker_that_dies_while_it_talks_to_the_master_costs_only_itself(self):
+        with self.serve_frail(-1) as (server, broken):
+            server.wait_for("waits")
+            os.kill(server.pid, signal.SIGSTOP)
+            os.unlink(broken)                    # it goes on, and asks for settings
+            time.sleep(0.3)
+            for worker in server.children()[1:]:
+                os.kill(worker, signal.SIGKILL)
+            os.kill(server.pid, signal.SIGCONT)
+            self.assertEqual(fetch(server.url)[0], 200)
+
+    def test_workers_end_when_the_master_is_killed(self):
+        with serve("shop:app", "--workers", "2", "--grace", "1") as server:
+            workers = server.children()
+            self.assertEqual(len(workers), 2)
+            with contextlib.closing(Client(server.url)) as idle, busy(4, server.url, "/wait/.01"):
+                idle.ask()
+                server.process.kill()
+                self.assertTrue(wait_until(lambda: not any(map(is_alive, workers)), 3 * SLOW))
+            self.assertTrue(is_refused(server.url))
+
+    def test_stopping_under_load_loses_no_request(self):
+        with serve("shop:app", "--workers", "2", "--grace", "3") as server:
+            with busy(50, server.url, "/wait/.05", reconnect=False) as clients:
+                began = time.monotonic()
+                self.assertEqual(server.stop(), 0, server.said())
+                self.assertLess(time.monotonic() - began, 4 * SLOW)
+            self.assertEqual([client.lost for client in clients if client.lost], [])
+            self.assertEqual({status for client in clients for status, _ in client.answers}, {200})
+
+    def check_stopping(self, workers):
+        """While a request of two seconds ends."""
+        with serve("shop:app", "--workers", workers) as server, \
+                contextlib.closing(Client(server.url)) as idle, \
+                contextlib.closing(Client(server.url)) as client, \
+                connect(server.url) as working:
+            if workers == "2":
+                self.wait_for_workers(server, 2)
+            idle.ask()
+            client.ask()
+            working.sendall(get("/sleep/2"))
+            server.wait_for("asleep")
+            before = cpu_seconds(server.pid)
+            server.process.terminate()
+            self.wait_for_drain(client)
+            self.assertTrue(wait_until(lambda: is_refused(server.url), 1))
+            self.assertEqual(idle.sock.recv(1), b"")
+            self.assertIn(b"HTTP/1.1 200", working.recv(1000))
+            self.assertLess(cpu_seconds(server.pid) - before, 0.3)
+            self.assertEqual(server.wait(), 0)
+
+    def test_a_stopping_server_refuses_the_new_ends_the_idle_and_waits_for_the_rest(self):
+        at_once(self.check_stopping, "012")
+
+    def test_a_signal_that_comes_while_workers_are_begun_is_not_lost(self):
+        for signum in (signal.SIGTERM, signal.SIGINT) * (10 if LONG else 4):
+            with serve("shop:app", "--workers", "4") as server:
+                began = time.monotonic()
+                os.killpg(server.pid, signum)
+                self.assertEqual(server.wait(), 0)
+                self.assertLess(time.monotonic() - began, 2 * SLOW)
+                self.assertEqual(len(server.err), 2, server.said())
+
+    def test_ctrl_c_ends_an_idle_server_at_once(self):
+        for i in range(3):
+            with serve("shop:app", "--workers", "4") as server:
+                self.wait_for_workers(server, 4)
+                began = time.monotonic()
+                os.killpg(server.pid, signal.SIGINT)
+                self.assertEqual(server.wait(), 0)
+                self.assertLess(time.monotonic() - began, 1.5 * SLOW)
+
+    def check_ends_at_once(self, workers, signals):
+        """Although a request hangs; the last of the signals does it."""
+        with serve("shop:app", "--workers", workers, "--grace", "30") as server, \
+                contextlib.closing(Client(server.url)) as client, connect(server.url) as hanging:
+            client.ask()
+            hanging.sendall(get("/sleep/60"))
+            server.wait_for("asleep")
+            for signum in signals[:-1]:
+                os.killpg(server.pid, signum)
+                self.wait_for_drain(client)
+            began = time.monotonic()
+            os.killpg(server.pid, signals[-1])
+            server.wait()
+            self.assertLess(time.monotonic() - began, 1.5 * SLOW)
+            self.assertIsNone(server.find("Traceback"))
+
+    def test_a_second_signal_and_quit_end_it_at_once(self):
+        at_once(self.check_ends_at_once, [
+            (workers, signals) for workers in "01" for signals in (
+                (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT),
+                (signal.SIGQUIT,))])
+
+    def test_ctrl_c_ends_it_after_the_request_without_a_traceback(self):
+        for workers in "012":
+            with serve("shop:app", "--workers", workers) as server:
+                with connect(server.url) as sock:
+                    sock.sendall(get("/sleep/.2"))
+                    server.wait_for("asleep")
+                    os.killpg(server.pid, signal.SIGINT)
+                    self.assertTrue(read_all(sock).endswith(b"awake"))
+                self.assertEqual((server.wait(), len(server.err)), (0, 3), server.said())
+
+    def test_ctrl_c_ends_it_while_it_imports_the_application(self):
+        for workers in "01":
+            with Command("slow:app", "--workers", workers) as server:
+                server.wait_for("importing")
+                began = time.monotonic()
+                os.killpg(server.pid, signal.SIGINT)
+                server.wait()
+                self.assertLess(time.monotonic() - began, SLOW)
+                self.assertLessEqual(len(server.err), 3, server.said())
+
+    def test_a_stream_without_an_end_does_not_keep_it_from_ending(self):
+        for workers in "01":
+            with serve("shop:app", "--workers", workers, "--grace", "1") as server:
+                with connect(server.url) as reads, connect(server.url, 4096) as stalls:
+                    reads.sendall(get("/endless"))
+                    stalls.sendall(get("/bytes/1000000000"))
+                    self.assertTrue(reads.recv(1) and stalls.recv(1))
+                    began = time.monotonic()
+                    self.assertEqual(server.stop(), 0, server.said())
+                    self.assertLess(time.monotonic() - began, 1 + SLOW)
+
+    def check_hung(self, path, pattern):
+        """A call that lasts: its stack is logged, its worker replaced."""
+        with serve("shop:app", "--worker-timeout", "1", "--grace", "1") as server:
+            first = server.worker()
+            with connect(server.url) as hanging:
+                began = time.monotonic()
+                hanging.sendall(get(path))
+                server.wait_for(pattern, 10 * SLOW)
+                self.assertTrue(wait_until(lambda: first not in server.children()))
+                self.assertNotEqual(server.worker(), first)
+                self.assertRegex(server.said(), "worker_timeout")
+                self.assertLess(time.monotonic() - began, 8 * SLOW)
+            self.assertEqual(server.stop(), 0)
+
+    def test_a_worker_that_gives_no_sign_of_life_is_replaced(self):
+        self.check_hung("/hold", r"shop\.py\"?, line \d+ in hold")
+        if LONG:
+            self.check_hung("/regex", r"shop\.py\"?, line \d+ in backtrack")
+
+    def test_a_call_that_hangs_is_logged_and_costs_no_other_request(self):
+        at_once(self.check_hung, [
+            ("/sleep/60", r"shop\.py\"?, line \d+,? in sleep"),
+            ("/spin", r"shop\.py\"?, line \d+,? in spin")][:1 + LONG])
+
+    def test_connections_are_spread_over_the_workers(self):
+        with serve("shop:app", "--workers", "2") as server, contextlib.ExitStack() as stack:
+            self.wait_for_workers(server, 2)
+            clients = [stack.enter_context(contextlib.closing(Client(server.url)))
+                       for _ in range(64)]
+            for client in clients:
+                client.connect()
+            for client in clients:
+                client.request("GET", "/pid")
+            pids = collections.Counter(client.getresponse().read() for client in clients)
+            self.assertEqual(len(pids), 2, pids)
+            self.assertLess(max(pids.values()), 0.8 * 64, pids)
+
+
+class InThreadTest(unittest.TestCase):
+    """Server(app) inside another program; one test at a time, since they take the time."""
+
+    def serve(self, app, **settings):
+        server = Server(app, port=0, **settings)
+        server.start()
+        self.addCleanup(server.stop)
+        return server
+
+    def client(self, server):
+        client = Client(server.url)
+        self.addCleanup(client.close)
+        return client
+
+    def make_app(self):
+        """GET / answers at once, /blocked when `release` is set; `entered` counts those inside."""
+        app, self.release, self.entered = App(), threading.Event(), threading.Semaphore(0)
+
+        @app.get("/")
+        def index():
+            return "Hello World!"
+
+        @app.get("/blocked")
+        def blocked():
+            time.sleep(0.005)
+            self.entered.release()
+            self.release.wait(TIMEOUT)
+            return "released"
+        self.addCleanup(self.release.set)        # before the server is stopped
+        return app
+
+    def block(self, server, path="/blocked"):
+        """A client whose request is inside the handler."""
+        client = self.client(server)
+        client.request("GET", path)
+        self.assertTrue(self.entered.acquire(timeout=TIMEOUT))
+        return client
+
+    def test_fifty_starts_and_stops_leave_no_descriptor_and_no_thread(self):
+        app = self.make_app()
+
+        def count():
+            gc.collect()
+            return len(os.listdir("/proc/self/fd")) if HAS_PROC else 0, threading.active_count()
+        for i in range(50):
+            if i == 1:
+                before = count()
+            with Server(app, port=0) as server:
+                self.assertEqual(fetch(server.url)[0], 200)
+        self.assertEqual(count(), before)
+        server = Server(app, port=0)
+        server.stop()                            # although it was not started
+        self.assertEqual(count(), before)
+
+    def test_another_thread_stops_it_after_the_request_and_the_port_is_free(self):
+        server = self.serve(self.make_app())
+        client = self.block(server)
+        stopper = threading.Thread(target=server.stop)
+        stopper.start()
+
+        self.assertTrue(wait_until(lambda: is_refused(server.url)))
+        self.assertTrue(stopper.is_alive())
+        self.release.set()
+        self.assertEqual(client.getresponse().read(), b"released")
+        stopper.join(TIMEOUT)
+        self.assertFalse(stopper.is_alive())
+        with Server(self.make_app(), port=server.port) as again:
+            self.assertEqual(fetch(again.url)[0], 200)
+
+    def test_stopping_takes_no_longer_than_its_grace(self):
+        server = self.serve(self.make_app(), grace=0.5)
+        self.block(server)
+        began = time.monotonic()
+        server.stop()
+        self.assertLess(time.monotonic() - began, 0.5 + 0.5 * SLOW)
+        server.stop()                            # again is no harm
+
+    def test_fast_requests_are_not_delayed_by_blocked_ones(self):
+        server = self.serve(self.make_app())
+        clients, waits = [self.block(server) for _ in range(8)], []
+        fast = self.client(server)
+        for _ in range(100):
+            began = time.monotonic()
+            self.assertEqual(fast.ask()[0], 200)
+            waits.append(time.monotonic() - began)
+        self.assertLess(max(waits), 0.3 * SLOW)
+        self.release.set()
+        self.assertEqual([client.getresponse().status for client in clients], [200] * 8)
+
+    def test_a_request_that_finds_no_thread_in_time_gets_a_503_that_says_why(self):
+        server = self.serve(self.make_app(), max_threads=1, queue_timeout=0.3)
+        self.release.set()
+        for _ in range(3):                       # now it is known that it blocks
+            self.assertEqual(self.block(server).getresponse().status, 200)
+        self.release.clear()
+        inside, waiting = self.block(server), self.client(server)
+        waiting.request("GET", "/blocked")
+        self.assertEqual(fetch(server.url)[0], 200)
+        answer = waiting.getresponse()
+        self.assertEqual(answer.status, 503)
+        self.assertRegex(answer.read(), b"queue_timeout.*max_threads")
+        self.release.set()
+        self.assertEqual(inside.getresponse().read(), b"released")
+        self.assertEqual(waiting.ask("/blocked")[0], 200)
+
+    def test_max_connections_makes_others_wait(self):
+        server = self.serve(self.make_app(), max_connections=4)
+        clients = [self.client(server) for _ in range(4)]
+        for client in clients:
+            self.assertEqual(client.ask()[0], 200)
+        with connect(server.url) as fifth:
+            fifth.sendall(get())
+            fifth.settimeout(0.3)
+            with self.assertRaises(socket.timeout):
+                fifth.recv(1)
+            self.assertEqual(clients[0].ask()[0], 200)
+            clients[0].close()
+            fifth.settimeout(TIMEOUT)
+            self.assertEqual(fifth.recv(12), b"HTTP/1.1 200")
+
+    def check_exit(self, kind, where):
+        """User code that raises this there costs its request, and no other."""
+        class Body:
+            pulled = 0
+
+            def __iter__(self):
+                return self.pull("iter", self)
+
+            def __next__(self):
+                self.pulled += 1
+                return self.pull(("first", "second", "end")[self.pulled - 1], b"x" * 10)
+
+            def pull(self, here, result):
+                if here == where or (here, where) == ("first", "lazy"):
+                    raise kind("user code")
+                if here == "end":
+                    raise StopIteration
+                return result
+
+            def close(self):
+                self.pull("close", None)
+
+        def app(environ, start_response):
+            if where != "lazy" or environ["PATH_INFO"] == "/":
+                start_response("200 OK", [("Content-Type", "text/plain")])
+            if environ["PATH_INFO"] == "/":
+                return [b"Hello World!"]
+            return Body().pull("call", Body())
+        framework = App()
+        framework.get("/", callback=lambda: "Hello World!")
+        framework.get("/exit", callback=lambda: Body().pull("call", b"") or Body())
+        beginnings = "call", "iter", "lazy", "first"
+        for served in (app, framework):
+            server = self.serve(served, grace=0.1)
+            with connect(server.url) as sock:
+                sock.settimeout(2 * SLOW)
+                sock.sendall(get("/exit", "Connection: close"))
+                with contextlib.suppress(ConnectionResetError):      # of one that has begun
+                    answer = read_all(sock)
+                    self.assertEqual(b" 500 " in answer, where in beginnings)
+                    self.assertEqual(answer.endswith(b"0\r\n\r\n"), where == "close")
+            self.assertEqual(fetch(server.url)[2], b"Hello World!")
+
+    def test_what_ends_a_thread_or_a_process_ends_a_request_only(self):
+        at_once(self.check_exit, [
+            (kind, where) for kind in (SystemExit, KeyboardInterrupt, GeneratorExit)
+            for where in ("call", "iter", "lazy", "first", "second", "close")])
+
+    def test_a_body_is_read_as_it_comes_where_the_route_asks_for_it(self):
+        app = self.make_app()
+        pieces = []
+
+        @app.post("/stream", stream=True)
+        def stream(request):
+            source = request.environ["wsgi.input"]
+            for data in iter(lambda: source.read1(100), b""):
+                pieces.append(data)
+                self.entered.release()
+            return b"".join(pieces)
+        server = self.serve(app)
+        with connect(server.url) as sock:
+            sock.sendall(b"POST /stream HTTP/1.1\r\nHost: x\r\nContent-Length: 30\r\n\r\n")
+            for i in range(3):
+                self.assertEqual(fetch(server.url)[0], 200)      # the loop does not wait for it
+                sock.sendall(b"ten bytes.")
+                self.assertTrue(self.entered.acquire(timeout=TIMEOUT))
+                self.assertEqual(len(pieces), i + 1)
+            sock.sendall(get("/", "Connection: close"))
+            self.assertRegex(read_all(sock), rb"(?s)(ten bytes\.){3}HTTP/1.1 200 .*World!\Z")
+
+    def test_a_body_may_be_refused_before_it_has_come(self):
+        app = self.make_app()
+
+        @app.post("/secret", stream=True)
+        def secret(request):
+            minibottle.abort(401, "Who are you?")
+        server = self.serve(app)
+        for size in (100, 10 ** 7, 10 ** 8):
+            client = self.client(server)
+            with self.subTest(size=size):
+                status, headers, body = client.ask("/secret", "POST", bytes(size))
+                self.assertEqual((status, b"Who are you?" in body), (401, True))
+        with connect(server.url) as sock:                        # RFC 9110 10.1.1
+            sock.sendall(b"POST /secret HTTP/1.1\r\nHost: x\r\nContent-Length: 30\r\n"
+                         b"Expect: 100-continue\r\n\r\n")
+            self.assertRegex(read_all(sock), b"^HTTP/1.1 401 ")
+
+    def test_names_and_values_of_settings_are_checked(self):
+        for given in ({"colour": "red"}, {"max_threads": "many"}, {"grace": -1}, {"gzip": "yes"},
+                      {"grace": None}, {"gzip_level": 77}):
+            with self.subTest(given=given), \
+                    self.assertRaisesRegex(minibottle.UsageError, next(iter(given))):
+                Settings(**given)
+
+
+@unittest.skipUnless(HAS_PROC, "needs /proc")
+class CommandResourcesTest(PooledTest):
+    """What a server takes of memory, descriptors, threads and time."""
+
+    def test_every_deadline_is_a_flag_and_ends_with_its_name(self):
+        with serve("shop:app", "--header-timeout", "0.5", "--body-timeout", "0.6",
+                   "--keepalive-timeout", "0.7", "--write-timeout", "0.8") as server, \
+                contextlib.ExitStack() as stack:
+            def send(data, receive_bytes=None):
+                sock = stack.enter_context(connect(server.url, receive_bytes))
+                sock.sendall(data)
+                return sock
+            began = time.monotonic()
+            file, stream = send(get("/large"), 4096), send(get("/bytes/100000000"), 4096)
+            head = send(b"GET / HTTP/1.1\r\n")
+            body = send(b"POST /size HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
+            upload = send(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nx")
+            silent, idle = send(b""), send(get())
+            self.assertEqual(read_all(silent), b"")
+            self.assertRegex(read_all(head), b"(?s)^HTTP/1.1 408 .*header_timeout")
+            for sock in (body, upload):
+                self.assertRegex(read_all(sock), b"(?s)^HTTP/1.1 408 .*body_timeout")
+            self.assertTrue(read_all(idle).endswith(b"Hello World!"))
+            for sock, line in ((file, "GET /large"), (stream, "GET /bytes")):
+                server.wait_for(line)
+                with self.assertRaises(ConnectionResetError):
+                    read_all(sock)
+            self.assertLess(time.monotonic() - began, 1 + 2 * SLOW)
+            self.assertEqual(server.stop(), 0)
+
+    def test_a_streamed_body_has_a_least_rate_too(self):
+        with serve("shop:app", "--body-timeout", "0.5") as server:
+            with connect(server.url) as sock:
+                sock.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n")
+                sock.settimeout(0.1)
+                end = time.monotonic() + 3 * SLOW
+                with contextlib.suppress(ConnectionError):
+                    while time.monotonic() < end:
+                        sock.sendall(b"x")
+                        with contextlib.suppress(socket.timeout):
+                            self.assertIn(b" 408 ", sock.recv(1000))
+                            break
+                    else:
+                        self.fail("still open")
+
+    def test_a_reader_that_stalls_costs_no_memory(self):
+        with serve("shop:app", "--workers", "0") as server:
+            fetch(server.url, "/bytes/1000000")
+            before = memory(server.pid)
+            with connect(server.url, 4096) as sock:
+                sock.sendall(get("/bytes/1000000000"))
+                sock.recv(1000)
+                made = [b"", b"0"]
+                while made[-1] != made[-2]:
+                    time.sleep(0.1)
+                    made.append(fetch(server.url, "/made")[2])
+                self.assertLess(memory(server.pid) - before, 4 << 20)
+                self.assertLess(int(made[-1]), 50 << 20)
+                reset(sock)
+
+    def test_an_upload_that_is_streamed_costs_no_memory(self):
+        with serve("shop:app", "--workers", "0") as server:
+            fetch(server.url, "/upload", "POST", bytes(1000000))
+            before = memory(server.pid, "VmHWM")
+            for i in range(2):
+                size = (200 if LONG else 100) << 20
+                piece = bytes(1 << 20)
+                body = (piece for _ in range(size >> 20))
+                status, headers, answer = fetch(server.url, "/upload", "POST", body, {
+                    } if i else {"Content-Length": str(size)})
+                self.assertEqual((status, answer), (200, b"%d" % size))
+            self.assertLess(memory(server.pid, "VmHWM") - before, 4 << 20)
+
+    # What clients do: what is sent, and whether they wait for the end or go away.
+    KINDS = [
+        (get("/", "Connection: close"), read_all),
+        (get("/") * 9 + get("/page", "Connection: close"), read_all),
+        (get("/page", "Accept-Encoding: gzip", "Connection: close"), read_all),
+        (get("/pieces", "Connection: close"), read_all),
+        (get("/pieces", "Accept-Encoding: gzip", "Connection: close"), read_all),
+        (get("/file", "Connection: close"), read_all),
+        (get("/nowhere", "Connection: close"), read_all),
+        (get("/size", "Connection: close"), read_all),
+        (get("/raise", "Connection: close"), read_all),
+        (get("/wait/.003", "Connection: close"), read_all),
+        (get("/collect", "Connection: close"), read_all),
+        (b"HEAD /file HTTP/1.0\r\n\r\n", read_all),
+        (b"POST /size HTTP/1.0\r\nContent-Length: 600000\r\n\r\n" + bytes(600000), read_all),
+        (b"POST /size HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n"
+         b"\r\n5\r\n12345\r\n0\r\n\r\n", read_all),
+        (b"POST /upload HTTP/1.0\r\nContent-Length: 9\r\n\r\n123456789", read_all),
+        (b"nonsense\r\n\r\n", read_all),
+        (b"", reset),
+        (b"GET / HT", reset),
+        (get("/pieces") * 3, reset),
+        (get("/large"), reset),
+        (get("/bytes/10000000"), reset),
+        (get("/bytes/10000000"), socket.socket.close),
+        (get("/wait/.003"), reset),
+        (b"POST /size HTTP/1.0\r\nContent-Length: 1000000\r\n\r\n" + bytes(600000), reset),
+        (b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nx", reset),
+    ]
+
+    def test_requests_of_every_kind_leave_no_descriptor_and_no_memory_behind(self):
+        with serve("shop:app", "--workers", "0", "--max-threads", "4", "--no-access-log",
+                   MALLOC_ARENA_MAX="1") as server:      # or the threads' arenas blur it
+            def ask(count):
+                for i in range(count):
+                    data, leave = self.KINDS[i % len(self.KINDS)]
+                    with connect(server.url) as sock, contextlib.suppress(ConnectionError):
+                        sock.sendall(data)
+                        leave(sock)
+                self.assertTrue(wait_until(lambda: descriptors(server.pid) == before))
+            before = descriptors(server.pid)
+            ask(1000 if LONG else 200)
+            resident = memory(server.pid)
+            ask(10000 if LONG else 800)
+            self.assertLess(memory(server.pid) - resident, 2 << 20)
+            self.assertLessEqual(len(os.listdir("/proc/%d/task" % server.pid)), 6)
+            self.assertEqual(server.stop(), 0)
+
+    def test_an_idle_server_sleeps(self):
+        with serve("shop:app") as server, contextlib.closing(Client(server.url)) as client:
+            client.ask("/wait/.01")              # one connection is idle, and some threads
+            time.sleep(0.5)
+            pids = [server.pid] + server.children()
+            before = [wakes(pid) for pid in pids]
+            time.sleep(3)
+            self.assertLessEqual(max(wakes(pid) - n for pid, n in zip(pids, before)), 6)
+
+    def test_it_serves_as_many_as_it_has_descriptors_for_and_then_the_others(self):
+        with serve("shop:app", before=("sh", "-c", 'ulimit -n 64; exec "$0" "$@"')) as server, \
+                contextlib.ExitStack() as stack:
+            worker, = server.children()
+            clients = [stack.enter_context(connect(server.url)) for _ in range(200)]
+            for client in clients:
+                client.sendall(get())
+            self.assertTrue(clients[0].recv(1))
+            before = cpu_seconds(worker)
+            time.sleep(1)
+            self.assertLess(cpu_seconds(worker) - before, 0.2)
+            for client in clients:
+                client.close()
+            self.assertEqual(fetch(server.url)[0], 200)
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(len(server.err), 2, server.said())
+
+    def test_it_survives_an_application_that_takes_all_descriptors(self):
+        with serve("shop:app", before=("sh", "-c", 'ulimit -n 64; exec "$0" "$@"')) as server, \
+                contextlib.closing(Client(server.url)) as client, contextlib.ExitStack() as stack:
+            worker = int(client.ask("/pid")[2])
+            self.assertGreater(int(client.ask("/hoard")[2]), 30)
+            clients = [stack.enter_context(connect(server.url)) for _ in range(20)]
+            for other in clients:
+                other.sendall(get())
+            before = cpu_seconds(worker)
+            time.sleep(1)
+            self.assertEqual(client.ask()[0], 200)
+            self.assertLess(cpu_seconds(worker) - before, 0.2)
+            client.ask("/release")
+            for other in clients:
+                self.assertEqual(other.recv(12), b"HTTP/1.1 200")
+            self.assertEqual((server.stop(), server.worker), (0, server.worker))
+            self.assertLessEqual(len(server.err), 2 + 4, server.said())
+
+    def test_nothing_is_left_to_the_garbage_collector(self):
+        with serve("shop:app", "--workers", "0", "--bind", "127.0.0.1:0", "--bind",
+                   "unix:" + os.path.join(FOLDER, "warned"), python=("-X", "dev")) as server:
+            for data, leave in self.KINDS * 2:
+                with connect(server.url) as sock, contextlib.suppress(ConnectionError):
+                    sock.sendall(data)
+                    leave(sock)
+            fetch(server.url, "/collect")
+            self.assertEqual((server.stop(), server.find("Warning")), (0, None), server.said())
+        script = ("import gc, minibottle, urllib.request\n"
+                  "with minibottle.Server(minibottle.App(), port=0) as server:\n"
+                  "    try:\n"
+                  "        urllib.request.urlopen(server.url)\n"
+                  "    except OSError as error:\n"
+                  "        error.close()\n"
+                  "del server\n"
+                  "gc.collect()\n")
+        self.assertEqual(finish(start=("-X", "dev", "-c", script)), (0, "", ""))
+
+
+# === 14. Default app and command line =========================================
+
+class CommandTargetTest(PooledTest):
+    """What may be served, and what is said of what may not."""
+
+    def check_target(self, target):
+        with serve(target, bind=not target.endswith("main")) as server:
+            self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
+            self.assertEqual((server.workers, server.stop()), ("1 worker", 0), server.said())
+            self.assertEqual(len(server.err), 2, server.said())     # one line, and the end
+
+    def test_every_form_of_a_target_is_served(self):
+        at_once(self.check_target, [(target,) for target in (
+            "shop", "shop:app", "shop:Shop", "shop:Corner.counter", "shop:wsgi", "shop:called",
+            "shop:make", "shop:make_wsgi", "shop:main", "shop:main_of_wsgi", "vendored.shop:app",
+            "vendored.shop:main")])
+
+    def check_ends(self, rows, status, check):
+        """Each row is arguments, and patterns of what is said, in one message, on stderr."""
+        failed = []
+        for (args, *patterns), result in zip(rows, finish_each([row[0] for row in rows])):
+            try:
+                self.assertEqual(result[:2], [status, ""])
+                for pattern in patterns:
+                    self.assertRegex(result[2], pattern)
+                check(result[2])
+            except AssertionError as error:
+                failed.append("%r: %s\n%s" % (args, error, result[2]))
+        self.assertEqual(failed, [], "\n".join(failed))
+
+    def check_one_line(self, err):
+        self.assertRegex(err, r"\A(usage: (.*\n)+)?minibottle(\.py)?: .*\n\Z")
+
+    def check_one_message(self, err):
+        """One message, with the application's frames and none of ours."""
+        self.assertNotIn(FILE, err)
+        self.assertNotIn("importlib", err)
+        self.assertEqual(err.count("minibottle: "), 1)
+        self.assertLessEqual(err.count("Traceback"), 1)
+
+    def test_what_is_wrong_on_the_command_line_is_said_with_what_there_is(self):
+        self.check_ends([
+            ([], "TARGET"),
+            (["nowhere:app"], "nowhere", r"\bshop\b", r"\bscript\b"),
+            (["shop.nowhere:app"], "nowhere"),
+            (["vendored.nowhere"], "nowhere"),
+            (["shop:nothing"], "nothing", r"\bapp\b", r"\bmain\b", r"\bShop\b"),
+            (["shop:Corner.nothing"], "nothing", r"\bcounter\b"),
+            (["shop:number"], "shop:number", r"\bint\b"),
+            (["shop.py:app"], r"shop\.py", r"\bshop\b"),
+            (["./shop:app"], r"\./shop"),
+            (["..shop:app"], r"\.\.shop"),
+            ([":app"], "module"),
+            (["mains:makes_a_number"], r"\bint\b"),
+            (["shop:app", "--colour", "red"], "--colour"),
+            (["shop:app", "--workers", "many"], "workers", "many"),
+            (["shop:app", "--grace", "-1"], "grace", "-1"),
+            (["shop:app", "--keepalive-timeout", "nan"], "keepalive[_-]timeout", "nan"),
+            (["shop:app", "--gzip-level", "77", "--bind", "127.0.0.1:0"], "77"),
+            (["shop:app", "--bind", "nonsense"], "nonsense"),
+            (["shop:app", "--bind", "127.0.0.1:65536"], "65536"),
+            (["shop:main_with_a_typo"], "colour", "grace"),
+            (["shop:main_with_a_word"], "grace", "long")], 2, self.check_one_line)
+
+    def test_an_application_that_cannot_start_is_one_message_and_an_end(self):
+        rows = [
+            ("raises:app", r"raises\.py\", line 2", r"connect\(\)", "ValueError: no database"),
+            ("misspelt:app", r"misspelt\.py\", line 1", "SyntaxError"),
+            ("lacks:app", r"lacks\.py\", line 1", "No module named 'a_module_that_is_missing'"),
+            ("mains:raises", r"mains\.py\", line 13", "ValueError: no database"),
+            ("mains:returns", r"without run\(\)"),
+            ("mains:exits", "out of bottles")]
+        self.check_ends([([target, "--workers", workers], *patterns)
+                         for target, *patterns in rows for workers in "012"],
+                        1, self.check_one_message)
+
+    def test_the_file_itself_says_the_same(self):
+        status, out, err = finish("mains:raises", start=(FILE,))
+        self.assertEqual((status, out), (1, ""))
+        self.check_one_message(err)
+
+    def test_a_port_that_is_taken_is_one_line(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            address = "127.0.0.1:%d" % taken.getsockname()[1]
+            self.check_ends([(["shop:app", "--bind", address, "--workers", n], address, "in use")
+                             for n in "012"], 1, self.check_one_line)
+        self.check_ends([(["shop:app", "--bind", "host.invalid:80"], "host.invalid")],
+                        1, self.check_one_line)
+
+    def test_help_names_every_setting_and_version_the_version(self):
+        helped, version = finish_each([["--help"], ["--version"]])
+        self.assertEqual(version, [0, "minibottle %s\n" % minibottle.__version__, ""])
+        status, out, err = helped
+        self.assertEqual((status, err), (0, ""))
+        for name in vars(Settings()):
+            self.assertIn("--" + name.replace("_", "-"), out)
+
+
+class CommandLineTest(PooledTest):
+
+    def test_flags_beat_the_options_of_run(self):
+        with serve("shop:main_with_options", "--max-body", "10") as server:
+            self.assertEqual(fetch(server.url, "/size", "POST", b"12345678")[2], b"8")
+            status, headers, body = fetch(server.url, "/size", "POST", b"12345678901")
+            self.assertEqual((status, b"max_body" in body), (413, True), body)
+
+    def test_the_application_imports_the_running_minibottle(self):
+        for start in ((FILE,), ("-m", "minibottle")):
+            with serve("shop:app", start=start) as server:
+                self.assertEqual(fetch(server.url, "/same")[2], b'{"same": true, "path": true}')
+
+    def test_the_access_log_is_in_the_combined_format_and_escapes_what_clients_say(self):
+        quoted = r'"((?:[^"\\]|\\.)*)"'
+        line = re.compile(r"(\S+) - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "
+                          + quoted + r" (\d{3}) (\d+|-) " + quoted + " " + quoted + "\n")
+        with serve("shop:app") as server:
+            with connect(server.url) as sock:
+                sock.sendall(get("/%1b[31m?a\\b", 'User-Agent: "a\\" \xe9\x85', "Referer: x\ty",
+                                 "Connection: close"))
+                read_all(sock)
+            fetch(server.url, "/page")
+            server.wait_for("/page")
+            self.assertEqual(server.stop(), 0)
+            first, second, end = server.out
+        for text in (first, second):
+            self.assertRegex(text, line)
+            self.assertRegex(text, r"\A[ -~]+\n\Z")
+        peer, request, status, size, referer, agent = line.fullmatch(first).groups()
+        self.assertEqual((peer, status), ("127.0.0.1", "404"))
+        self.assertRegex(request, r"\AGET /%1b\[31m\?a\\\S*b HTTP/1\.1\Z")
+        self.assertTrue(agent.startswith('\\"a\\'), agent)
+        self.assertEqual(line.fullmatch(second).groups(),
+                         ("127.0.0.1", "GET /page HTTP/1.1", "200", "10000", "-", "-"))
+
+    def test_no_access_log_is_none(self):
+        with serve("shop:app", "--no-access-log") as server:
+            fetch(server.url)
+            self.assertEqual((server.stop(), server.out), (0, [None]))
+
+    def test_several_addresses_are_served(self):
+        path = os.path.join(FOLDER, "several")
+        addresses = ["127.0.0.1:0", "127.0.0.1:0", "unix:" + path]
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+            addresses.append("[::1]:0")
+        for workers in ("0", "2"):
+            args = [arg for address in addresses for arg in ("--bind", address)]
+            with serve("shop:app", "--workers", workers, *args) as server:
+                self.assertEqual(len(server.urls), len(addresses))
+                for url in server.urls * 2:
+                    self.assertEqual(fetch(url)[::2], (200, b"Hello World!"))
+                self.assertEqual((server.stop(), os.path.exists(path)), (0, False))
+            if len(addresses) == 4:
+                self.assertRegex(server.urls[3], r"\Ahttp://\[::1\]:\d+\Z")
+
+    def check_unix_socket(self, workers):
+        path = os.path.join(FOLDER, "socket" + workers)
+        args = ("shop:app", "--workers", workers, "--bind", "unix:" + path)
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+        with serve(*args) as server:
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+            status, out, err = finish(*args)
+            self.assertEqual((status, err.count("\n")), (1, 1), err)
+            self.assertIn(path, err)
+            self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
+            self.assertEqual(server.stop(), 0)
+        self.assertFalse(os.path.exists(path))
+
+    def test_a_unix_socket_is_its_owners_and_left_to_nobody(self):
+        at_once(self.check_unix_socket, ["0", "1"])
+
+    def test_what_is_no_socket_is_not_replaced_by_one(self):
+        path = os.path.join(FOLDER, "a file")
+        with open(path, "w") as file:
+            file.write("precious")
+        (status, out, err), = finish_each([["shop:app", "--bind", "unix:" + path]])
+        with open(path) as file:
+            self.assertEqual((file.read(), status, err.count("\n")), ("precious", 1, 1))
+
+    def test_a_server_that_cannot_bind_all_leaves_no_socket_behind(self):
+        path = os.path.join(FOLDER, "left")
+        for workers in ("0", "1"):
+            status, out, err = finish("shop:app", "--workers", workers, "--bind", "unix:" + path,
+                                      "--bind", "host.invalid:80")
+            self.assertEqual((status, os.path.exists(path)), (1, False), err)
+
+    def check_workers(self, target, flag, expected, count):
+        with serve(target, *flag) as server:
+            self.assertEqual(server.workers, expected)
+            self.assertEqual(fetch(server.url)[0], 200)
+            if HAS_PROC:
+                self.assertTrue(wait_until(lambda: len(server.children()) == count))
+                self.assertEqual(server.worker() == server.pid, not count)
+            self.assertEqual(server.stop(), 0, server.said())
+
+    def test_there_are_as_many_workers_as_asked_for(self):
+        with contextlib.suppress(AttributeError):
+            cpus = len(os.sched_getaffinity(0))
+            self.check_workers("shop:app", ["--workers", "auto"],
+                               "%d worker%s" % (cpus, "s" * (cpus > 1)), cpus)
+        at_once(self.check_workers, [
+            ("shop:app", ["--workers", "0"], "one process", 0),
+            ("shop:app", [], "1 worker", 1),
+            ("shop:app", ["--workers", "2"], "2 workers", 2),
+            ("shop:main_of_two", [], "2 workers", 2),
+            ("shop:main_of_two", ["--workers", "1"], "1 worker", 1)])
+
+    @unittest.skipUnless(HAS_PROC, "needs /proc")
+    def test_a_main_that_wants_no_workers_is_never_left_without_one(self):
+        with serve("shop:main_of_none", bind=False) as server:
+            self.assertNotIn("0 workers", server.workers)
+            os.kill(server.worker(), signal.SIGKILL)
+            self.assertTrue(wait_until(
+                lambda: server.process.poll() is not None or server.children(), 3 * SLOW))
+
+    def check_script(self, workers, signum, whole_group):
+        with serve(workers, start=("script.py",), bind=False) as server:
+            self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
+            (os.killpg if whole_group else os.kill)(server.pid, signum)
+            self.assertEqual((server.wait(), len(server.err)), (0, 2), server.said())
+
+    def test_a_script_runs_itself(self):
+        at_once(self.check_script, [
+            ("0", signal.SIGINT, True), ("1", signal.SIGTERM, False), ("2", signal.SIGINT, True)])
+
+
+class CommandOnPoorSystemTest(PooledTest):
+    """What may be missing where the server runs: it serves, and says at most one line."""
+
+    def check_pages(self, url):
+        for _ in range(5):
+            self.assertEqual(fetch(url)[::2], (200, b"Hello World!"))
+            self.assertEqual(fetch(url, "/raise")[0], 500)
+            self.assertEqual(len(fetch(url, "/page")[2]), 10000)
+
+    def check_without_output(self, shell, workers):
+        path = tempfile.mktemp(dir=FOLDER)
+        with Command("shop:app", "--bind", "unix:" + path, "--workers", workers,
+                     before=("sh", "-c", 'exec "$0" "$@" ' + shell)) as server:
+            self.assertTrue(wait_until(lambda: os.path.exists(path)))
+            self.check_pages("unix:" + path)
+            self.assertEqual((server.stop(), server.out, server.err), (0, [None], [None]))
+
+    def test_without_standard_output_and_error(self):
+        at_once(self.check_without_output, [
+            (">&- 2>&-", "0"), ("<&- >&- 2>&-", "1")])
+
+    def test_with_an_output_that_nobody_reads_any_more(self):
+        for workers in "01":
+            reader, writer = os.pipe()
+            os.close(reader)
+            path = tempfile.mktemp(dir=FOLDER)
+            process = subprocess.Popen(
+                [sys.executable, FILE, "shop:app", "--bind", "unix:" + path, "--workers", workers],
+                cwd=FOLDER, env=make_environment(), stdout=writer, stderr=writer)
+            try:
+                os.close(writer)
+                self.assertTrue(wait_until(lambda: os.path.exists(path)))
+                self.check_pages("unix:" + path)
+                process.terminate()
+                self.assertEqual(process.wait(TIMEOUT), 0)
+            finally:
+                process.kill()
+                process.wait()
+
+    def check_no_disk(self, *before):
+        with serve("shop:app", before=before) as server:
+            self.check_pages(server.url)
+            self.assertEqual(fetch(server.url, "/size", "POST", bytes(500000))[2], b"500000")
+            status, headers, body = fetch(server.url, "/size", "POST", bytes(600000))
+            self.assertEqual(status, 413, body)
+            self.assertRegex(body, b"spool_threshold|max_body")
+            self.assertRegex(server.said(), "spool_threshold|max_body")
+            self.assertEqual(server.stop(), 0)
+
+    def test_without_a_place_for_files(self):
+        self.check_no_disk("sh", "-c", 'ulimit -f 0; exec "$0" "$@"')
+
+    @unittest.skipUnless(IS_ROOT and shutil.which("unshare"), "needs root and unshare")
+    def test_on_a_read_only_system(self):
+        script = ("mount --make-rprivate / && mount -o remount,bind,ro / && "
+                  "mount -t tmpfs -o ro none /dev/shm && ! touch /tmp/x 2>/dev/null && "
+                  'exec "$0" "$@"')
+        if subprocess.call(["unshare", "-m", "sh", "-c", script, "true"]):
+            self.skipTest("no mount here")
+        self.check_no_disk("unshare", "-m", "sh", "-c", script)
+
+    @unittest.skipUnless(IS_ROOT and shutil.which("unshare"), "needs root and unshare")
+    def test_as_the_first_process_it_reaps_orphans_and_obeys(self):
+        before = ("unshare", "-pf", "--mount-proc")
+        if subprocess.call([*before, "true"]):
+            self.skipTest("no unshare here")
+        with serve("shop:app", before=before) as server:
+            master, = children(server.pid)
+            for _ in range(5):
+                self.assertEqual(fetch(server.url, "/orphan")[0], 200)
+            self.assertTrue(wait_until(lambda: len(children(master)) == 1), "not reaped")
+            os.kill(master, signal.SIGTERM)
+            self.assertEqual(server.wait(), 0)
+
+    def check_eight_sleepers(self, server):
+        """Eight that wait a second together take less than two."""
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda i: fetch(server.url, "/wait/1")[0], range(8)))
+        self.assertEqual(answers, [200] * 8)
+        self.assertLess(time.monotonic() - began, 2 * SLOW)
+
+    def test_eight_requests_that_sleep_a_second_are_served_within_two(self):
+        with serve("shop:app") as server:
+            self.check_eight_sleepers(server)
+
+    def test_without_fork_it_says_so_and_serves_with_threads(self):
+        with serve("shop:app", "--workers", "2", patch="import os\ndel os.fork\n") as server:
+            self.assertEqual((len(server.err), server.workers), (2, "one process"), server.err)
+            self.assertIn("no fork", server.err[0])
+            self.check_eight_sleepers(server)
+            self.assertEqual(server.stop(), 0)
+
+    def test_without_epoll(self):
+        with serve("shop:app", patch="import select\ndel select.epoll\n") as server:
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(contextlib.closing(Client(server.url)))
+                           for _ in range(50)]
+                for path, size in (("/", 12), ("/page", 10000), ("/file", os.path.getsize(FILE))):
+                    for client in clients:
+                        client.request("GET", path)
+                    for client in clients:
+                        self.assertEqual(len(client.getresponse().read()), size)
+            self.check_eight_sleepers(server)
+            self.assertEqual(server.stop(), 0)
+
+    def test_without_a_network_to_ask(self):
+        patch = ("import socket\n"
+                 "def refuse(*args, **options):\n"
+                 "    raise OSError('asked the network')\n"
+                 "for name in ('getaddrinfo', 'gethostbyname', 'gethostbyname_ex', 'getfqdn',\n"
+                 "             'gethostbyaddr', 'getnameinfo', 'create_connection'):\n"
+                 "    setattr(socket, name, refuse)\n"
+                 "socket.socket.connect = socket.socket.connect_ex = refuse\n")
+        with serve("shop:app", patch=patch) as server:
+            self.check_pages(server.url)
+            for path, method, expected in (("/nowhere", "GET", 404), ("/size", "GET", 405),
+                                           ("/raise", "GET", 500), ("/", "BREW", 405)):
+                status, headers, body = fetch(server.url, path, method)
+                self.assertEqual(status, expected)
+                self.assertNotRegex(body, b"(src|href)=|https?://(?!127)")
+            with connect(server.url) as sock:
+                sock.sendall(b"GET nonsense\r\n\r\n")
+                self.assertIn(b" 400 ", read_all(sock))
+            self.assertEqual((server.stop(), server.find("asked the network")), (0, None))
+
+
+# === 15. Examples =============================================================
 
 EXAMPLES = {        # module: expression that gives the WSGI application
     "hello": lambda module: module.app,
@@ -435,7 +5894,7 @@ class ExamplesInProcessTest(unittest.TestCase):
     def test_the_three_services_by_any_test_client(self):
         for name in SERVICES:
             with self.subTest(example=name):
-                client = TestClient(wsgiref.validate.validator(load_example(name)))
+                client = TestClient(validator(load_example(name)))
                 self.assertEqual(client.get("/").body, b"Hello World!")
                 answer = client.post("/api", headers={"Accept-Language": "de, en;q=0.5"})
                 self.assertEqual(answer.json, {"language": "de, en;q=0.5"})
@@ -466,7 +5925,7 @@ class ServiceChecks(OverSocket):
         self.assertIn("POST", re.split(r"\s*,\s*", headers["Allow"]))
 
     def test_one_connection_serves_many_requests(self):
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=TIMEOUT)
+        connection = Client(self.url)
         with contextlib.closing(connection):
             for i in range(20):
                 language = "x-{}".format(i)
@@ -602,45 +6061,34 @@ class BrowserTest(unittest.TestCase):
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "needs fork and signals")
-class ExamplesAsCommandsTest(unittest.TestCase):
+class CommandExamplesTest(PooledTest):
     """`python minibottle.py TARGET` for every kind of target that an example offers."""
 
     def check_target(self, target):
-        with Command("minibottle.py", target, "--bind", "127.0.0.1:0") as command:
-            self.assertIn(command.url, command.lines[0])
-            self.assertEqual(fetch(command.url)[::2], (200, b"Hello World!"))
-            command.stop(signal.SIGTERM)
-            started = [line for line in command.lines if command.url in line]
-            self.assertEqual((command.status, len(started)), (0, 1), command.lines)
+        with serve(target, start=("minibottle.py",), cwd=ROOT) as server:
+            self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
+            self.assertEqual((server.stop(), len(server.err)), (0, 2), server.said())
 
-    def test_an_application_object(self):
-        self.check_target("examples.hello:app")
-
-    def test_a_subclass_of_bottle(self):
-        self.check_target("examples.example_bottle:Service")
+    def test_an_application_a_class_a_factory_and_a_main_are_served(self):
+        at_once(self.check_target, [("examples." + target,) for target in (
+            "hello:app", "example_bottle:Service", "example_tornado:make_app", "hello:main",
+            "example_bottle:main", "example_tornado:main")])
 
     @needs("flask")
-    def test_a_flask_application(self):
+    def test_a_flask_application_is_served(self):
         self.check_target("examples.example_flask:app")
 
-    def test_a_factory(self):
-        self.check_target("examples.example_tornado:make_app")
-
-    def test_a_main_that_runs_the_application_and_flags_that_win_over_it(self):
-        for name in ("hello", "example_bottle", "example_tornado"):
-            with self.subTest(example=name):
-                self.check_target("examples." + name + ":main")
+    def check_docstring(self, name):
+        run, curl, answer = read_transcript(name)
+        with serve(*shlex.split(run)[1:], start=(), cwd=ROOT) as server:
+            args = shlex.split(re.sub(r"http://127\.0\.0\.1:\d+", server.url, curl))
+            output = subprocess.check_output([CURL, "-sS", "--noproxy", "*", *args[1:]])
+        self.assertEqual(output.decode().strip(), answer)
 
     @unittest.skipUnless(CURL, "needs curl")
     def test_every_docstring_tells_the_truth(self):
-        for name in EXAMPLES:
-            with self.subTest(example=name):
-                load_example(name)
-                run, curl, answer = read_transcript(name)
-                with Command(*shlex.split(run)[1:], "--bind", "127.0.0.1:0") as command:
-                    args = shlex.split(re.sub(r"http://127\.0\.0\.1:\d+", command.url, curl))
-                    output = subprocess.check_output([CURL, "-sS", "--noproxy", "*", *args[1:]])
-                self.assertEqual(output.decode().strip(), answer)
+        at_once(self.check_docstring, [(name,) for name in EXAMPLES if name != "example_flask"
+                                       or importlib.util.find_spec("flask")])
 
     def test_a_main_needs_no_flag_and_a_script_runs_itself(self):
         source = ("from examples.example_bottle import Service\n"
@@ -648,17 +6096,127 @@ class ExamplesAsCommandsTest(unittest.TestCase):
                   "    Service().run(host='127.0.0.1', port=0)\n"
                   "if __name__ == '__main__':\n"
                   "    main()\n")
-        with tempfile.TemporaryDirectory() as directory:
-            script = os.path.join(directory, "own_service.py")
-            with open(script, "w") as file:
-                file.write(source)
-            path = os.pathsep.join((ROOT, directory))
-            for args in (("minibottle.py", "own_service:main"), (script,)):
-                with self.subTest(args=args), Command(*args, PYTHONPATH=path) as command:
-                    self.assertEqual(fetch(command.url)[::2], (200, b"Hello World!"))
-                    command.stop(signal.SIGTERM)
-                    self.assertEqual(command.status, 0, command.lines)
+        with open(os.path.join(FOLDER, "own_service.py"), "w") as file:
+            file.write(source)
+        for args in ((FILE, "own_service:main"), ("own_service.py",)):
+            with serve(*args, start=(), bind=False) as server:
+                self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
+                self.assertEqual(server.stop(), 0, server.said())
+
+
+# === 16. Layout ===============================================================
+
+PROGRAM = SOURCE.decode("utf-8")
+BANNERS = [(PROGRAM.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
+           for match in re.finditer(r"^# === ([0-9]+)\. (.+?) =+$", PROGRAM, re.MULTILINE)]
+MAP_LINE = re.compile(r"^ {4}([0-9]+)\. (\S+(?: \S+)*)", re.MULTILINE)
+WORLD = {"socket", "select", "selectors", "ssl", "signal", "asyncio", "threading", "_thread",
+         "subprocess", "multiprocessing"}
+DOORS = {("App.run", "run"), ("run", "default_app")}  # upward on purpose
+DEPRECATED = set((  # PEP 594, PEP 632, and others that are gone or going
+    "aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap "
+    "msilib nis nntplib optparse ossaudiodev pipes pkg_resources smtpd sndhdr spwd sunau telnetlib "
+    "uu xdrlib").split())
+HEAVY = ("asyncio ssl http.client email tempfile inspect dataclasses multiprocessing subprocess "
+         "json zlib argparse concurrent.futures").split()
+
+
+class LayoutTest(unittest.TestCase):
+    """What the docstring of minibottle.py says of its inside is so."""
+
+    code = compile(PROGRAM, FILE, "exec", dont_inherit=True)
+
+    def section(self, line):
+        return max((number for start, number, _ in BANNERS if start <= line), default=0)
+
+    def reads(self, code, where=""):
+        """(where, line, module-level name) of whatever a code object and those in it look up."""
+        own = {item.argval for item in dis.get_instructions(code)
+               if item.opname == "STORE_NAME"} if where else set()  # the names of a class body
+        line = code.co_firstlineno
+        for item in dis.get_instructions(code):
+            line = getattr(item, "line_number", item.starts_line) or line
+            if item.opname in ("LOAD_NAME", "LOAD_GLOBAL", "IMPORT_NAME"):
+                if item.argval not in own:
+                    yield where, line, item.argval
+        for inner in code.co_consts:
+            if isinstance(inner, type(code)):
+                yield from self.reads(inner, (where + "." + inner.co_name).lstrip("."))
+
+    def test_the_map_and_the_banners_are_the_same(self):
+        chart = minibottle.__doc__.partition("\nMAP")[2].partition("\nONE REQUEST")[0]
+        drawn = [(int(number), title) for number, title in MAP_LINE.findall(chart)]
+        self.assertEqual(drawn, [(number, title) for _, number, title in BANNERS])
+        self.assertEqual([number for number, _ in drawn], list(range(1, len(drawn) + 1)))
+
+    def test_no_section_uses_a_later_one(self):
+        home, line = {}, 1
+        for item in dis.get_instructions(self.code):
+            line = getattr(item, "line_number", item.starts_line) or line
+            if item.opname == "STORE_NAME":
+                home.setdefault(item.argval, self.section(line))
+        upward = {(where, name, self.section(line), home[name])
+                  for where, line, name in self.reads(self.code)
+                  if home.get(name, 0) > self.section(line)}
+        self.assertEqual([row for row in sorted(upward) if row[:2] not in DOORS], [])
+
+    def test_the_values_know_no_socket_clock_or_process(self):
+        self.assertEqual([(line, name) for _, line, name in self.reads(self.code)
+                          if name in WORLD and 1 <= self.section(line) <= 5], [])
+
+    def test_functions_are_short_and_lines_fit(self):
+        tokens = tokenize.generate_tokens(io.StringIO(PROGRAM).readline)
+        silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+        lines = {line for token in tokens if token.type not in silent
+                 for line in range(token.start[0], token.end[0] + 1)}
+        for node in ast.walk(ast.parse(PROGRAM)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                first = body[0].lineno if body else node.end_lineno
+                size = len([line for line in lines if first <= line <= node.end_lineno])
+                self.assertLessEqual(size, 50, node.name)
+        wide = [i for i, line in enumerate(PROGRAM.split("\n"), 1) if len(line) > 100]
+        self.assertEqual(wide, [])
+
+    def test_nothing_is_left_undone_or_vanishes_under_python_O(self):
+        nodes = list(ast.walk(ast.parse(PROGRAM)))
+        self.assertEqual([node.lineno for node in nodes if isinstance(node, ast.Assert)], [])
+        self.assertEqual(re.findall(r"\b(?:TODO|FIXME|XXX)\b.*", PROGRAM), [])
+
+    def test_no_module_is_used_that_is_deprecated(self):
+        names = {name.partition(".")[0] for _, _, name in self.reads(self.code)}
+        called = set(re.findall(r"import_module\(\"(\w+)", PROGRAM))
+        self.assertEqual((names | called) & DEPRECATED, set())
+
+    def test_importing_it_is_silent_and_pulls_in_little(self):
+        program = ("import sys; sys.stdout, out = None, sys.stdout; sys.stderr, err = None, "
+                   "sys.stderr; before = set(sys.modules); sys.path.insert(0, %r); "
+                   "import minibottle; print(*sorted(set(sys.modules) - before), file=out)")
+        for flags in (["-S"], ["-OO", "-S"]):
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-B", "-E", *flags, "-c",
+                 program % os.path.dirname(FILE)],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertEqual(set(done.stdout.decode().split()) & set(HEAVY), set())
+
+    def test_the_hello_world_of_the_docstring_runs(self):
+        lines = minibottle.__doc__.split("\n")
+        start = next(i for i, line in enumerate(lines) if line.startswith("    from minibottle"))
+        end = next(i for i in range(start, len(lines)) if lines[i][:1] not in ("", " "))
+        space = {}
+        exec(textwrap.dedent("\n".join(lines[start:end])), space)
+        answer = ask(space["app"], "/hello/Ada", headers={"User-Agent": "me"})
+        self.assertEqual(answer.json, {"hello": "Ada", "agent": "me"})
+        with mock.patch.object(minibottle, "run") as run:
+            space["main"]()
+        run.assert_called_once_with(space["app"], port=8080)
+
+    def test_every_public_name_is_there_once(self):
+        names = minibottle.__all__
+        self.assertEqual([name for name in names if not hasattr(minibottle, name)], [])
+        self.assertEqual(len(names), len(set(names)))
 
 
 if __name__ == "__main__":
-    unittest.main()
+    serve_application() if sys.argv[1:2] == ["serve"] else unittest.main()
