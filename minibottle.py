@@ -208,8 +208,10 @@ class Settings:
             setattr(self, name, parse_setting(name, given.pop(name, default)))
         if not 1 <= self.gzip_level <= 9:
             raise UsageError(f"setting gzip_level: {self.gzip_level} is not 1 to 9")
-        if not self.max_threads:
-            raise UsageError("setting max_threads: 0 threads can serve nobody")
+        for name in ("max_threads", "header_timeout", "body_timeout", "write_timeout",
+                     "worker_timeout"):
+            if not getattr(self, name):
+                raise UsageError(f"setting {name}: with 0 nobody would be served")
         if given:
             names = ", ".join(name for name, _, _ in SETTINGS)
             raise UsageError(f"unknown setting {', '.join(sorted(given))}; there are {names}")
@@ -660,7 +662,7 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
         if len(line) > max_request_line:
             raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
         parse_request_line(line.decode("latin-1"))
-    elif not (b"A" <= data[:1] <= b"Z" or data[:1] == b"\r"):
+    elif data[:1] != b"\r" and not TOKEN.match(data[:1].decode("latin-1")):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
     if len(rest) > max_header_bytes:
         raise HeadTooLarge(f"header over {max_header_bytes} bytes (max_header_bytes)")
@@ -1634,13 +1636,21 @@ def gzip_bytes(data: bytes, level: int) -> bytes:
     return coder.compress(data) + coder.flush()
 
 
-def iter_gzip(pieces: Iterable[bytes], level: int) -> Iterator[bytes]:
-    """A body in pieces; each can be read by the client at once, so that events are not late."""
+def iter_gzip(pieces: Iterable[bytes], level: int,
+              length: Optional[int] = None) -> Iterator[bytes]:
+    """A body in pieces; each can be read by the client at once, so that events are not late.
+
+    Raises ValueError at the end if they were not `length` bytes, where that was announced.
+    """
     import zlib
     coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    total = 0
     for piece in pieces:
+        total += len(piece)
         if piece:
             yield coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH)
+    if length is not None and total != length:
+        raise ValueError(f"an answer of {total} bytes, and its Content-Length was {length}")
     yield coder.flush()
 
 
@@ -1964,6 +1974,7 @@ class Plan:
 
 SLOW_MEMORY = 16  # a route that blocks twice within so many calls is called on a thread
 EARLY = Plan(early=True)
+LATE = Plan()
 
 
 class Route:
@@ -2079,7 +2090,7 @@ def run_handler(cls: Any, /, **args: object) -> object:
         if out is None:
             out = verb(handler, **args)
         if isinstance(out, HTTPError):
-            return handler_error(handler, out)
+            raise out
         return begin(out) if hasattr(out, "__next__") else handler_body(handler, out)
     except HTTPError as error:
         return handler_error(handler, error)
@@ -2218,7 +2229,10 @@ class App:
         known = self.router.memo.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
-        return found[3].plan if found else EARLY
+        if found:
+            return found[3].plan
+        # a hook or a middleware may yet change the path, and then somebody wants the body
+        return LATE if self._before or "wsgi" in self.__dict__ else EARLY
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
         """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
@@ -2341,11 +2355,15 @@ class App:
         if isinstance(out, (bytes, bytearray, memoryview)):
             return bytes(out)
         if isinstance(out, dict) or isinstance(out, list) and not (
-                out and isinstance(out[0], (str, bytes))):
+                out and isinstance(out[0], (str, bytes, Response))):
             response.content_type = "application/json"
             return json_dumps(out).encode("utf-8")
-        if out is None or isinstance(out, (list, tuple)):
-            return b"".join([encode_piece(piece, response.charset) for piece in out or ()])
+        if not out:  # None, False, 0, ()
+            return b""
+        if isinstance(out, (list, tuple)):
+            if isinstance(out[0], Response):
+                return self._cast(self._apply(out[0], request.environ))
+            return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
             pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
             return self._cast_iterator(pieces)
@@ -2655,7 +2673,7 @@ HEARTBEAT_SECONDS = 5.0
 PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
 FULL_SECONDS = 3600.0       # at max_connections: until one ends
 ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
-DRAIN_IDLE_SECONDS = 1.0    # a draining worker closes what is idle for so long (RFC 9112 9.3.1)
+DRAIN_IDLE_SECONDS = 2.0    # a draining worker closes what stays idle for so long (RFC 9112 9.3.1)
 SHUT_DOWN_SECONDS = 0.2     # threads that no user code holds end in less
 LINGER_SECONDS = 2.0        # input is read and dropped for so long, so that the answer arrives
 
@@ -2732,13 +2750,14 @@ class Waker:
 class Hand:
     """A thread, as the others see it."""
 
-    __slots__ = ("table", "wake", "holds", "since", "hung", "exchange", "thread")
+    __slots__ = ("table", "wake", "holds", "left", "since", "hung", "exchange", "thread")
 
     def __init__(self) -> None:
         self.table: List[float] = []  # the ticket (the time the call began) while user code runs
         self.wake = _thread.allocate_lock()
         self.wake.acquire()
         self.holds = False            # it has the loop; only the thread itself clears it
+        self.left = False             # leave() found nobody: the ticket lies there until rejoin()
         self.since = 0.0              # off the loop: when its call began; 0.0: it runs none
         self.hung = 0.0               # the same, of the call that was reported
         self.exchange: Optional["Exchange"] = None  # what it calls for
@@ -2806,6 +2825,8 @@ class Loop:
         self.paused = 0.0              # until then the listeners are left; 0.0: they are not
         self.freed = False             # a connection has ended since: look again
         self.draining = 0.0            # until then what is begun may end; 0.0: not draining
+        self.drain_began = 0.0
+        self.drain_idle_seconds = DRAIN_IDLE_SECONDS
         self.over = False
         self.sweep_at = 0.0
         self.soonest = min(settings.header_timeout, settings.body_timeout,
@@ -2837,6 +2858,9 @@ class Loop:
         raise NotImplementedError
 
     def on_turn(self, me: Hand) -> None:
+        raise NotImplementedError
+
+    def on_shut_down(self, c: Connection) -> None:
         raise NotImplementedError
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
@@ -2897,8 +2921,11 @@ class Loop:
             thread.join(max(0.0, deadline - monotonic()))
         for listener in self.listeners.values():
             listener.sock.close()
+        for c in list(self.ready.values()):
+            self.on_shut_down(c)
         for c in list(self.connections.values()):
             self.close(c)
+        self.on_turn(Hand())
         self.poller.close()
         self.waker.close()
         self.bell.close()
@@ -2935,6 +2962,7 @@ class Loop:
                 holder.since = holder.table[-1]
                 holder.table.pop()
             except IndexError:  # the call has just ended
+                holder.since = 0.0
                 self.spares.append(hand)
                 return True
             hand.holds = True
@@ -3012,7 +3040,7 @@ class Loop:
     def leave(self, me: Hand) -> None:
         """Give the loop to another thread at once, as what comes may wait for the network. If there
         is none, the ticket goes on the table, and the monitor sees to it: rejoin() then."""
-        if not me.holds or me.table:
+        if not me.holds or me.left:
             return
         with self.lock:
             hand = self.spares.pop() if self.spares else self.start_thread()
@@ -3024,21 +3052,24 @@ class Loop:
             hand.wake.release()
             self.count["handovers"] += 1
         else:
+            me.left = True
             me.table.append(monotonic())
             if self.asleep:
                 self.rouse()
 
     def rejoin(self, me: Hand) -> None:
         """After leave(): take the ticket from the table, if it is still there."""
-        if me.holds and me.table:
+        if me.left:
+            me.left = False
             try:
                 me.table.pop()
             except IndexError:
                 me.holds = False
+                me.since = 0.0
 
     def user(self, me: Hand, function: Callable, *args: object) -> Any:
         """Call what may block, with the ticket on the table; me.holds tells if it is still ours."""
-        if not me.holds or me.table:  # off the loop, or the ticket lies there already
+        if not me.holds or me.left:  # off the loop, or the ticket lies there already
             me.since = monotonic()
             try:
                 return function(*args)
@@ -3277,8 +3308,8 @@ class Loop:
             del self.listeners[fd]
             listener.sock.close()
         for c in list(self.ready.values()):
-            if c.phase == IDLE and c.since + DRAIN_IDLE_SECONDS < now and \
-                    self.ready.pop(c.fd, None) is c:
+            if c.phase == IDLE and max(c.since, self.drain_began) + self.drain_idle_seconds < now \
+                    and self.ready.pop(c.fd, None) is c:
                 self.on_drained(c, me)
                 if not me.holds:
                     return
@@ -3313,7 +3344,8 @@ class Loop:
     def drain(self) -> None:
         """Stop, within `grace`: from any thread, or a signal."""
         if not self.draining:
-            self.draining = monotonic() + self.settings.grace
+            self.drain_began = monotonic()
+            self.draining = self.drain_began + self.settings.grace
         self.waker.wake()
         self.bell.wake()
 
@@ -3352,8 +3384,10 @@ class Exchange:
     __slots__ = ("worker", "connection", "environ", "plan", "ending", "is_head", "unread", "file",
                  "decoder", "buf", "started", "received", "stream", "status", "bodiless",
                  "headers", "lines", "length", "ours", "head_sent", "chunked", "left", "out",
-                 "iterator", "result", "offset", "sent")
+                 "iterator", "result", "offset", "sent", "began",
+                 "queued")
     plan: Plan                # set once routed
+    began: float              # when the application was called
     buf: Any                  # while a body comes, a bytearray: read, and not decoded
     decoder: Any
     started: float            # when it began to come
@@ -3366,6 +3400,7 @@ class Exchange:
     left: Optional[int]       # bytes to come of a body with a Content-Length
     iterator: Any             # what is pulled
     offset: int               # in a file that is sent
+    queued: int               # bytes that the system held when it last took some
     sent: int                 # bytes of body, for the log
 
     def __init__(self, worker: "Worker", connection: Connection, environ: Dict[str, Any],
@@ -3404,6 +3439,8 @@ class Exchange:
             if not kind:
                 lines.append(line)
             elif kind == BODY_LENGTH:
+                if self.length is not None:
+                    raise ValueError("more than one Content-Length")
                 self.length = int(field[1])
             elif kind == OURS:
                 self.ours += (field[0].lower(),)
@@ -3455,14 +3492,21 @@ class StreamInput(io.RawIOBase):
         """Is it read to its end? Does not wait."""
         if not self.piece and not self.ended:
             try:
-                self.piece = next(self.decoder)
-            except StopIteration:
-                self.ended = True
+                self.fill_from_buffer()
+            except BadRequest:  # nobody reads it any more
+                pass
         return self.ended
+
+    def fill_from_buffer(self) -> None:
+        try:
+            self.piece = next(self.decoder)
+        except StopIteration:
+            self.ended = True
 
     def fill(self) -> None:
         """The next piece, or the end."""
-        if self.is_done() or self.piece:
+        self.fill_from_buffer()
+        if self.ended or self.piece:
             return
         c = self.exchange.connection
         settings = self.exchange.worker.settings
@@ -3496,8 +3540,8 @@ class Worker(Loop):
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
-        self.log_lines: List[str] = []       # of this turn
-        self.logs = settings.access_log or bool(access_log.handlers)
+        self.log_lines: Deque[str] = deque()  # of this turn
+        self.logs = settings.access_log
         self.safe_head = min(settings.max_request_line, settings.max_header_bytes)
         self.max_headers = settings.max_headers
         self.keepalive_timeout = settings.keepalive_timeout
@@ -3729,7 +3773,7 @@ class Worker(Loop):
         if plan.slow > SLOW_MEMORY and me.holds:  # it has blocked lately: another thread calls
             return self.enqueue(x)
         me.exchange = x
-        began = monotonic()
+        x.began = began = monotonic()
         if me.holds:
             me.table.append(began)
             if self.asleep:
@@ -3768,7 +3812,12 @@ class Worker(Loop):
 
     def send_list(self, x: Exchange, result: List[bytes], now: float, me: Hand) -> None:
         """FAST: an answer that is all here goes out in one send; respond() agrees with it."""
-        body = result[0] if len(result) == 1 else b"".join(result)
+        try:
+            body = result[0] if len(result) == 1 else b"".join(result)
+            if not isinstance(body, bytes):
+                raise TypeError(f"a body is made of bytes, not {type(body).__name__}")
+        except TypeError as error:
+            return self.on_error(x, error, me)
         size = len(body)
         if size >= self.gzip_min:
             body = self.compress(x, body, me)
@@ -3780,10 +3829,8 @@ class Worker(Loop):
         if self.draining or x.unread:
             x.ending = CLOSE
         lines = x.lines
-        if now < self.date_at and not x.ours and x.status in self.prefixes:
-            lines[0] = self.prefixes[x.status]
-        else:
-            lines[0] = self.make_prefix(x, now)
+        prefix = self.prefixes.get(x.status) if now < self.date_at and not x.ours else None
+        lines[0] = prefix or self.make_prefix(x, now)
         lines += length_lines.get(size) or format_length(size), x.ending, body
         x.head_sent = True
         x.sent = size
@@ -3882,6 +3929,7 @@ class Worker(Loop):
         c = x.connection
         if sent or c.phase != WRITE:
             c.deadline = now + self.settings.write_timeout
+            x.queued = bytes_queued(c.sock)
         c.exchange = x
         c.phase = WRITE
         c.want = OUT
@@ -3899,7 +3947,7 @@ class Worker(Loop):
         me.exchange = None
         if x.file is not None:
             x.file.close()
-        if self.logs:
+        if self.logs or access_log.handlers:
             self.log_access(x)
             if not me.holds:
                 self.waker.wake()
@@ -3928,11 +3976,15 @@ class Worker(Loop):
         except OSError:
             pass
         self.close(c)
-        if x.file is not None:
-            x.file.close()
-        if self.logs and x.head_sent:
+        if x.head_sent and (self.logs or access_log.handlers):
             self.log_access(x)
         me.exchange = None
+        self.release(x, me)
+
+    def release(self, x: Exchange, me: Hand) -> None:
+        """Close what a request holds that is not answered to its end."""
+        if x.file is not None:
+            x.file.close()
         self.close_result(x, me)
 
     def farewell(self, c: Connection, me: Hand) -> None:
@@ -3971,9 +4023,10 @@ class Worker(Loop):
         if x.is_head or x.bodiless:
             self.close_result(x, me)
             return self.send_bodiless(x, 0, me)
-        if self.negotiate(x, x.length):
+        announced = x.length
+        if self.negotiate(x, announced):
             pieces = x.iterator if first is None else chain((first,), x.iterator)
-            x.iterator = iter_gzip(pieces, self.settings.gzip_level)
+            x.iterator = iter_gzip(pieces, self.settings.gzip_level, announced)
             first = None
         self.pump(x, first, me)
 
@@ -4055,10 +4108,17 @@ class Worker(Loop):
         """Send all of it, and wait for the socket. False: gone, or no progress in write_timeout."""
         sock = x.connection.sock
         sock.settimeout(self.settings.write_timeout)
+        view = memoryview(data)
+        queued = bytes_queued(sock)
         try:
-            view = memoryview(data)
             while view:
-                view = view[sock.send(view):]
+                try:
+                    view = view[sock.send(view):]
+                    queued = bytes_queued(sock) if view else 0
+                except socket.timeout:
+                    before, queued = queued, bytes_queued(sock)
+                    if queued >= before:
+                        raise
         except OSError:
             return False
         finally:
@@ -4078,7 +4138,8 @@ class Worker(Loop):
     def begin_file(self, x: Exchange, me: Hand) -> bool:
         """A real file goes out by sendfile. False: it is none, or its bytes must be changed."""
         file = x.result.file
-        if not hasattr(os, "sendfile") or x.is_head or x.bodiless:
+        if not hasattr(os, "sendfile") or x.is_head or x.bodiless or not isinstance(
+                getattr(file, "raw", file), io.FileIO):  # gzip.open() has a fileno() too
             return False
         try:
             size = os.fstat(file.fileno()).st_size - file.tell()
@@ -4167,7 +4228,12 @@ class Worker(Loop):
             return self.refuse(c, RequestTimeout(
                 f"the body came too slowly (body_timeout {settings.body_timeout} s)"), me)
         if c.phase == WRITE and x is not None:
-            return self.abort(x, me)
+            queued = bytes_queued(c.sock)
+            if queued >= x.queued:
+                return self.abort(x, me)
+            x.queued = queued  # the peer reads what the system holds
+            c.deadline = monotonic() + settings.write_timeout
+            return self.give(c)
         self.close(c)
 
     def on_queue_full(self, x: Exchange, me: Hand) -> None:
@@ -4187,6 +4253,8 @@ class Worker(Loop):
         x = c.exchange
         if x is not None and x.head_sent:
             return self.abort(x, me)
+        if x is not None:
+            self.release(x, me)
         try:
             c.sock.send(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n"
                         b"Connection: close\r\n\r\n")
@@ -4194,6 +4262,11 @@ class Worker(Loop):
             pass
         c.exchange = None
         self.farewell(c, me)
+
+    def on_shut_down(self, c: Connection) -> None:
+        """The grace is over, and c is nobody's."""
+        if c.exchange is not None:
+            self.release(c.exchange, Hand())
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
@@ -4220,12 +4293,14 @@ class Worker(Loop):
         if access_log.handlers:
             access_log.info(line, extra={
                 "status": int(x.status[:3]), "bytes": x.sent, "path": environ.get("PATH_INFO"),
-                "method": environ["REQUEST_METHOD"], "client": environ.get("REMOTE_ADDR")})
+                "method": environ["REQUEST_METHOD"], "client": environ.get("REMOTE_ADDR"),
+                "peer": x.connection.addr,
+                "ms": (monotonic() - x.began) * 1000 if hasattr(x, "began") else 0.0})
 
     def on_turn(self, me: Hand) -> None:
         """Write the access log. It may block, as a pipe does."""
         if self.log_lines:
-            lines, self.log_lines = self.log_lines, []
+            lines = [self.log_lines.popleft() for _ in range(len(self.log_lines))]
             self.user(me, write_log, "\n".join(lines) + "\n")
 
 
@@ -4237,6 +4312,16 @@ def end_of_head(environ: Dict[str, Any]) -> bytes:
     if environ["SERVER_PROTOCOL"] == "HTTP/1.1":
         return KEEP
     return KEEP_OLD if "keep-alive" in options else CLOSE
+
+
+def bytes_queued(sock: socket.socket) -> int:
+    """What the system holds for the peer to read; 0 where it does not say."""
+    try:
+        import fcntl
+        import termios
+        return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+    except (ImportError, OSError, AttributeError):
+        return 0
 
 
 def has_temporary_files() -> bool:
@@ -4393,14 +4478,15 @@ class Served(Worker):
 class Alone:
     """What run() finds in sys.modules["minibottle.running"] when there is no master."""
 
-    def __init__(self, flags: dict) -> None:
+    def __init__(self, defaults: dict, flags: dict) -> None:
+        self.defaults = defaults
         self.flags = flags
         self.served = False
 
     def serve(self, app: Callable, options: dict) -> None:
         """Serve in this process until a signal; in a thread that is not the main one, for good."""
         self.served = True
-        settings = Settings(**{**options, **self.flags})
+        settings = Settings(**{**self.defaults, **options, **self.flags})
         sockets = bind_all(settings.bind)
         settings.workers = "0"
         worker = Worker(app, sockets, settings)
@@ -4409,6 +4495,8 @@ class Alone:
         if in_main:
             for number in (signal.SIGTERM, signal.SIGINT):
                 kept[number] = signal.signal(number, second_stops(worker))
+            if hasattr(signal, "SIGQUIT"):
+                kept[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, lambda *_: worker.stop())
             worker.bell.on_signals()
         print_started(sockets, "one process")
         try:
@@ -4485,8 +4573,10 @@ class Process:
 class Master:
     """Forks workers and looks after them, until a signal says stop."""
 
-    def __init__(self, load: Callable[[], Optional[Callable]], flags: dict, reloads: bool) -> None:
+    def __init__(self, load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
+                 reloads: bool) -> None:
         self.load = load          # in a worker: imports the application, which may call run()
+        self.defaults = defaults  # what holds where neither run() nor a flag says otherwise
         self.flags = flags        # of the command line: they beat what run() is given
         self.reloads = reloads    # load() gets new code; else the application is here already
         self.settings: Any = None  # known when the first worker has booted
@@ -4596,7 +4686,7 @@ class Master:
             enable_faulthandler()
             reseed()
             child = Child(link, self.board, slot)
-            status = boot(child, self.load)
+            status = boot(child, self.load, self.reloads)
             if self.reloads:  # code that was imported here: what it has registered runs here
                 atexit._run_exitfuncs()
         except BaseException as error:
@@ -4658,7 +4748,7 @@ class Master:
         """The first worker has booted: now the settings are known, and the listeners bound."""
         if self.settings is not None:
             return
-        settings = Settings(**{**options, **self.flags})
+        settings = Settings(**{**self.defaults, **options, **self.flags})
         self.sockets = bind_all(settings.bind)
         self.settings = settings
         self.wanted = max(1, count_workers(settings.workers))  # 0 comes too late: here is a master
@@ -4733,9 +4823,11 @@ class Master:
                 self.kill(process, signal.SIGABRT)
 
 
-def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]]) -> int:
+def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]],
+         is_target: bool) -> int:
     """Import the application and serve it; the exit status. Errors are the operator's to read."""
-    sys.modules["minibottle.running"] = running  # type: ignore[assignment]
+    if is_target:  # what it imports may call run(), of this file or of a copy of it
+        sys.modules["minibottle.running"] = running  # type: ignore[assignment]
     try:
         app = load()
         if not running.served:
@@ -4755,7 +4847,8 @@ def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]]) -
     except BaseException as error:
         print_traceback("the application cannot start", error)
     finally:
-        sys.modules.pop("minibottle.running", None)
+        if is_target:
+            del sys.modules["minibottle.running"]
     return FAILED_STATUS
 
 
@@ -4876,6 +4969,7 @@ def bind_unix(path: str) -> socket.socket:
             sock.bind(path)
         finally:
             os.umask(mask)
+        unix_sockets[path] = identity(path)
         sock.listen(1024)
     except OSError as error:
         sock.close()
@@ -4900,12 +4994,22 @@ def bind_all(addresses: Iterable[str]) -> List[socket.socket]:
 
 
 def unlink_sockets(addresses: Iterable[str]) -> None:
+    """Remove the unix sockets that are still ours: another server may have taken the path."""
     for address in addresses:
-        if address.startswith("unix:"):
-            try:
+        made = unix_sockets.pop(address[5:], None) if address.startswith("unix:") else None
+        try:
+            if made and made == identity(address[5:]):
                 os.unlink(address[5:])
-            except OSError:
-                pass
+        except OSError:
+            pass
+
+
+unix_sockets: Dict[str, tuple] = {}  # path -> its identity when it was bound
+
+
+def identity(path: str) -> tuple:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 class Server:
@@ -4917,10 +5021,13 @@ class Server:
 
     def __init__(self, app: Callable, port: int = 8080, host: str = "127.0.0.1",
                  **settings: object) -> None:
+        if "bind" in settings or "workers" in settings:
+            raise UsageError("a Server has a host and a port, and no workers; run() has them")
         given = Settings(**settings)
         self.sock = bind(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         given.workers = "0"
         self.worker = Worker(app, [self.sock], given)
+        self.worker.drain_idle_seconds = 0.0  # its clients are of this process
         self.host = host
         self.port: int = self.sock.getsockname()[1]
         self.url = format_address(self.sock)
@@ -4950,7 +5057,7 @@ def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Option
 
     `host` and `port` (127.0.0.1:8080), or `bind`, and any other setting (SETTINGS). The command
     line's flags beat them. In a process that has threads, or outside its main thread, it serves
-    without a master. Raises UsageError, StartError.
+    without a master. What cannot start is said in a line on stderr, and raises SystemExit.
     """
     app = app if app is not None else default_app()
     if host is not None or port is not None:
@@ -4960,22 +5067,20 @@ def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Option
     if running is not None:
         running.serve(app, options)
         return
-    status = start(lambda: app, {}, options, reloads=False)
+    status = start(lambda: app, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
 
 
-def start(load: Callable[[], Optional[Callable]], flags: dict, options: dict,
-          reloads: bool) -> int:
+def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
+          is_target: bool) -> int:
     """Serve with a master, or alone where there can be none; the exit status."""
-    workers = {**options, **flags}.get("workers", DEFAULTS.workers)
-    why = reason_to_be_alone(str(workers))
-    given = {**options, **flags}
+    why = reason_to_be_alone(str({**defaults, **flags}.get("workers", DEFAULTS.workers)))
     if why is None:
-        return Master(load, given, reloads).run()
+        return Master(load, defaults, flags, is_target).run()
     if why:
         print_line(why)
-    return boot(Alone(given), load)
+    return boot(Alone(defaults, flags), load, is_target)
 
 
 def reason_to_be_alone(workers: str) -> Optional[str]:
@@ -5072,7 +5177,11 @@ def as_application(found: Any, target: str) -> Optional[Callable]:
         return found
     if not callable(found):
         raise UsageError(f"{target} is {type(found).__name__}, not an application or a function")
-    if required_parameters(found) == 0:
+    required = required_parameters(found)
+    if required not in (0, 2):
+        raise UsageError(f"{target} takes {required} arguments; a WSGI application takes two, and "
+                         "a function that makes or runs one takes none")
+    if required == 0:
         made = found()
         if made is not None and not callable(made):
             raise UsageError(f"{target}() returned {type(made).__name__}, not an application")
@@ -5087,6 +5196,8 @@ def required_parameters(function: Callable) -> int:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return 2
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return 2
     return sum(1 for p in parameters if p.default is p.empty
                and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
@@ -5094,7 +5205,12 @@ def required_parameters(function: Callable) -> int:
 def make_parser() -> Any:
     """The command line: a flag for each row of SETTINGS."""
     import argparse
-    parser = argparse.ArgumentParser(
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message} (--help says what there is)")
+
+    parser = Parser(
         prog="minibottle.py", description="Serve a WSGI application.",
         epilog="TARGET is module:name: an App, its class, any WSGI callable, or a function that "
                "makes one or calls run(). Times are in seconds, sizes in bytes.")
@@ -5116,16 +5232,19 @@ def make_parser() -> Any:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status."""
-    given = vars(make_parser().parse_args(argv))
+    try:
+        given = vars(make_parser().parse_args(argv))
+    except UsageError as error:
+        print_line(str(error))
+        return USAGE_STATUS
     target = given.pop("target")
     flags = {name: value for name, value in given.items() if value is not None}
-    flags.setdefault("access_log", True)
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
     try:
         Settings(**flags)
-        return start(lambda: load_target(target), flags, {}, reloads=True)
+        return start(lambda: load_target(target), {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
         print_line(str(error))
         return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS

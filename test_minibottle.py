@@ -565,11 +565,19 @@ def main():
     app.run(port=0)
 """,
     "script": """
-import minibottle, sys
+import minibottle, sys, threading, time
 from shop import app
 
 if __name__ == "__main__":
+    if "with-threads" in sys.argv:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     app.run(port=0, workers=int(sys.argv[1]))
+""",
+    "reports": """
+import os, sys
+from shop import app
+
+print("imported by", os.getpid(), file=sys.stderr, flush=True)
 """,
     "raises": """
 def connect():
@@ -670,7 +678,7 @@ for args in json.load(sys.stdin):
         if not pid:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            signal.alarm(3)                  # for one that starts, instead of ending
+            signal.alarm(6)                  # for one that starts, instead of ending
             sys.exit(minibottle.main(args))
         status = os.waitpid(pid, 0)[1]
         texts = [(file.seek(0), file.read().decode())[1] for file in (out, err)]
@@ -859,11 +867,6 @@ def reset(sock):
     sock.close()
 
 
-def is_listening(path):
-    with socket.socket(socket.AF_UNIX) as sock:
-        return not sock.connect_ex(path)
-
-
 def wait_until(condition, seconds=TIMEOUT):
     """For what no event tells of: look until it is so. Gives what the condition gave last."""
     end = time.monotonic() + seconds
@@ -1046,9 +1049,9 @@ class SettingsTest(UnitTest):
         for name, value in (
                 ("grace", "soon"), ("grace", -1), ("grace", float("nan")), ("grace", float("inf")),
                 ("grace", None), ("grace", True), ("max_threads", "1.5"), ("max_threads", 1 << 70),
-                ("gzip", "no"), ("gzip", 1), ("gzip_level", 77), ("workers", "many"), ("workers", "-1"),
-                ("workers", "²"), ("workers", 1.5), ("bind", []), ("bind", [5]),
-                ("bind", 5), ("bind", None)):
+                ("gzip", "no"), ("gzip", 1), ("gzip_level", 77), ("workers", "many"),
+                ("workers", "-1"), ("workers", "²"), ("workers", 1.5), ("bind", []),
+                ("bind", [5]), ("bind", 5), ("bind", None)):
             with self.subTest(name=name, value=value):
                 with self.assertRaises(UsageError) as caught:
                     Settings(**{name: value})
@@ -3672,7 +3675,8 @@ class WorkerUnderLoadTest(unittest.TestCase):
 
         async def crowd():
             await asyncio.gather(watch(), *(
-                Guest(self.server.port, seed, self.tally).run(self.until) for seed in range(GUESTS)))
+                Guest(self.server.port, seed, self.tally).run(self.until)
+                for seed in range(GUESTS)))
         self.start(max_threads=8)
         asyncio.run(crowd())
         self.check(least_answers=100 * SECONDS / SLOW)
@@ -4344,10 +4348,11 @@ class EndOfWaitTest(PooledTest, WireTest):
         self.assertEqual(body.answer().status, 408)
         self.assert_closed(body)
         self.assertEqual([answer.status for answer in second.answers()], [200, 408])
-        time.sleep(max(0, start + 1 + SLOW - time.monotonic()))
+        # what the system took at first counts as progress, so it may be twice the time
+        time.sleep(max(0, start + 2 + SLOW - time.monotonic()))
         with self.assertRaises((Cut, ConnectionError)):         # what was on its way, then the end
             writing.answer()
-        self.assertLess(time.monotonic() - start, 1 + 4 * SLOW)
+        self.assertLess(time.monotonic() - start, 2 + 4 * SLOW)
 
     def test_a_body_slower_than_the_least_rate_ends(self):
         wire = self.connect(self.serve(hello, body_timeout=1)).send(post("Content-Length: 9999"))
@@ -4858,6 +4863,20 @@ class CommandMasterTest(PooledTest):
                 self.assertEqual(client.refused, [])
             self.assertEqual(server.stop(), 0)
 
+    def test_the_only_worker_that_is_killed_costs_no_new_connection(self):
+        with serve("shop:app") as server:
+            time.sleep(1)
+            for _ in range(2):
+                os.kill(server.worker(), signal.SIGKILL)
+                self.assertEqual(fetch(server.url)[0], 200)      # it waited for the next one
+            self.assertEqual(server.stop(), 0)
+
+    def test_the_master_does_not_import_the_application(self):
+        with serve("reports:app", "--workers", "2") as server:
+            self.wait_for_workers(server, 2)
+            pids = {int(line.split()[-1]) for line in server.err if "imported by" in line}
+            self.assertEqual(pids, set(server.children()))
+
     def wait_for_workers(self, server, count):
         """Until so many have answered."""
         with contextlib.ExitStack() as stack:
@@ -4961,7 +4980,7 @@ class CommandMasterTest(PooledTest):
                 self.assertEqual(len(server.err), 2, server.said())
 
     def test_ctrl_c_ends_an_idle_server_at_once(self):
-        for i in range(3):
+        for _ in range(3):
             with serve("shop:app", "--workers", "4") as server:
                 self.wait_for_workers(server, 4)
                 began = time.monotonic()
@@ -4979,6 +4998,7 @@ class CommandMasterTest(PooledTest):
             for signum in signals[:-1]:
                 os.killpg(server.pid, signum)
                 self.wait_for_drain(client)
+                self.assertTrue(wait_until(lambda: is_refused(server.url)))  # the master has it too
             began = time.monotonic()
             os.killpg(server.pid, signals[-1])
             server.wait()
@@ -5617,8 +5637,8 @@ class CommandLineTest(PooledTest):
             if len(addresses) == 4:
                 self.assertRegex(server.urls[3], r"\Ahttp://\[::1\]:\d+\Z")
 
-    def check_unix_socket(self, workers):
-        path = os.path.join(FOLDER, "socket" + workers)
+    def check_unix_socket(self, workers, signum):
+        path = tempfile.mktemp(dir=FOLDER)
         args = ("shop:app", "--workers", workers, "--bind", "unix:" + path)
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(path)
@@ -5628,11 +5648,12 @@ class CommandLineTest(PooledTest):
             self.assertEqual((status, err.count("\n")), (1, 1), err)
             self.assertIn(path, err)
             self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
-            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.stop(signum), 0)
         self.assertFalse(os.path.exists(path))
 
     def test_a_unix_socket_is_its_owners_and_left_to_nobody(self):
-        at_once(self.check_unix_socket, ["0", "1"])
+        at_once(self.check_unix_socket, [
+            ("0", signal.SIGTERM), ("0", signal.SIGQUIT), ("1", signal.SIGQUIT)])
 
     def test_what_is_no_socket_is_not_replaced_by_one(self):
         path = os.path.join(FOLDER, "a file")
@@ -5687,6 +5708,13 @@ class CommandLineTest(PooledTest):
     def test_a_script_runs_itself(self):
         at_once(self.check_script, [
             ("0", signal.SIGINT, True), ("1", signal.SIGTERM, False), ("2", signal.SIGINT, True)])
+
+    def test_a_program_that_has_threads_serves_in_one_process_and_says_so(self):
+        with serve("2", "with-threads", start=("script.py",), bind=False) as server:
+            self.assertEqual((server.workers, len(server.err)), ("one process", 2))
+            self.assertIn("threads", server.err[0])
+            self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
+            self.assertEqual(server.stop(), 0)
 
 
 class CommandOnPoorSystemTest(PooledTest):
