@@ -56,6 +56,7 @@ import textwrap
 import threading
 import time
 import tokenize
+import types
 import unittest
 import urllib.parse
 import uuid
@@ -4874,7 +4875,7 @@ class CommandMasterTest(PooledTest):
     def test_the_master_does_not_import_the_application(self):
         with serve("reports:app", "--workers", "2") as server:
             self.wait_for_workers(server, 2)
-            pids = {int(line.split()[-1]) for line in server.err if "imported by" in line}
+            pids = set(map(int, re.findall(r"imported by (\d+)", server.said())))
             self.assertEqual(pids, set(server.children()))
 
     def wait_for_workers(self, server, count):
@@ -6149,6 +6150,67 @@ DEPRECATED = set((  # PEP 594, PEP 632, and others that are gone or going
     "uu xdrlib").split())
 HEAVY = ("asyncio ssl http.client email tempfile inspect dataclasses multiprocessing subprocess "
          "json zlib argparse concurrent.futures").split()
+
+
+class ReadmeTest(unittest.TestCase):
+    """What the README shows is what happens."""
+
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        text = file.read()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+    def run_block(self, holds):
+        """The names that the block defines which holds this text."""
+        names = {"__name__": "app"}
+        exec(next(block for block in self.blocks if holds in block), names)
+        return names
+
+    def test_the_hello_world_says_hello(self):
+        client = TestClient(self.run_block("def hello(request, name)")["app"])
+        self.assertEqual(client.get("/").text, "Hello World!")
+        self.assertEqual(client.get("/hello/Ada", {"User-Agent": "curl/7.88.1"}).text,
+                         '{"hello": "Ada", "agent": "curl/7.88.1"}')
+        self.assertEqual(client.get("/notes/1").json, {"note": "buy milk"})
+        self.assertEqual(client.delete("/notes/1").status_code, 200)
+        self.assertEqual(client.get("/notes/1").status_code, 404)
+
+    def test_its_test_passes(self):
+        app = self.run_block("def hello(request, name)")["app"]
+        with mock.patch.dict(sys.modules, app=types.SimpleNamespace(app=app)):
+            self.run_block("def test_hello()")["test_hello"]()
+
+    def test_its_hook_answers_a_preflight_and_is_in_every_answer(self):
+        app = self.run_block("def cors()")["app"]
+        app.get("/a", callback=lambda: "a")
+        app.get("/broken", callback=lambda: 1 // 0)
+        client = TestClient(app)
+        with self.assertLogs("minibottle", "ERROR"):
+            answers = [client.get("/a"), client.get("/no"), client.post("/a"),
+                       client.get("/broken"), client.options("/a")]
+        self.assertEqual([answer.status_code for answer in answers], [200, 404, 405, 500, 204])
+        for answer in answers:
+            self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "https://example.org")
+        self.assertEqual(answers[-1].headers["Access-Control-Allow-Methods"], "GET, HEAD, OPTIONS")
+
+    def test_its_table_names_every_setting_with_its_default(self):
+        rows = re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \| ([^|]*) \|$", self.text, re.MULTILINE)
+        expected = []
+        for name, default, meaning in minibottle.SETTINGS:
+            if isinstance(default, tuple):
+                shown = default[0]
+            elif isinstance(default, bool):
+                shown = "on" if default else "off"
+            else:
+                shown = default if isinstance(default, str) else f"{default:,g}" \
+                    if isinstance(default, float) else f"{default:,}"
+            expected.append((name, shown, meaning))
+        self.assertEqual(rows, expected)
+
+    def test_its_bad_request_is_refused_as_it_says(self):
+        with Server(lambda environ, start_response: [], port=0) as server:
+            status, _, body = fetch(server.url, "/", "POST", b"hello", {"Content-Length": "+5"})
+        self.assertEqual(status, 400)
+        self.assertIn(body.decode().strip(), self.text)
 
 
 class LayoutTest(unittest.TestCase):
