@@ -76,7 +76,6 @@ import _thread
 import atexit
 import errno
 import io
-import logging
 import mmap
 import os
 import re
@@ -109,8 +108,16 @@ __all__ = (
     "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
 ).split()
 
-log = logging.getLogger("minibottle")
-access_log = logging.getLogger("minibottle.access")
+
+class Logger:
+    """logging.getLogger("minibottle"), when it is first used: importing it takes half our time."""
+
+    def __getattr__(self, name: str) -> Any:
+        import logging
+        return getattr(logging.getLogger("minibottle"), name)
+
+
+log = Logger()
 
 
 # === 1. Errors and limits =====================================================
@@ -3540,6 +3547,8 @@ class Worker(Loop):
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
+        import logging
+        self.access_log = logging.getLogger("minibottle.access")
         self.log_lines: Deque[str] = deque()  # of this turn
         self.logs = settings.access_log
         self.safe_head = min(settings.max_request_line, settings.max_header_bytes)
@@ -3600,10 +3609,16 @@ class Worker(Loop):
             data = b""
         if not data:
             return self.on_end(c, me)
+        if c.phase == IDLE:
+            c.buf = data
+            return self.advance(c, me)
+        if c.phase == HEAD:
+            c.buf += data
+            return self.advance(c, me)
         if c.phase == LINGER:
             return self.give(c)
-        c.buf = c.buf + data if c.buf else data
-        self.advance(c, me)
+        c.exchange.buf += data
+        self.collect(c.exchange, me)
 
     def on_end(self, c: Connection, me: Hand) -> None:
         """The peer sends no more: nothing that is begun here can be completed."""
@@ -3613,12 +3628,7 @@ class Worker(Loop):
             x.file.close()
 
     def advance(self, c: Connection, me: Hand) -> None:
-        """c.buf has bytes: go on with the head or the body."""
-        if c.phase == BODY:
-            x = c.exchange
-            x.buf += c.buf
-            c.buf = b""
-            return self.collect(x, me)
+        """c.buf has bytes of a head, and perhaps of what follows it."""
         data = c.buf
         end = data.find(b"\r\n\r\n")
         if end < 0 or end > self.safe_head:
@@ -3947,7 +3957,7 @@ class Worker(Loop):
         me.exchange = None
         if x.file is not None:
             x.file.close()
-        if self.logs or access_log.handlers:
+        if self.logs or self.access_log.handlers:
             self.log_access(x)
             if not me.holds:
                 self.waker.wake()
@@ -3976,7 +3986,7 @@ class Worker(Loop):
         except OSError:
             pass
         self.close(c)
-        if x.head_sent and (self.logs or access_log.handlers):
+        if x.head_sent and (self.logs or self.access_log.handlers):
             self.log_access(x)
         me.exchange = None
         self.release(x, me)
@@ -4290,8 +4300,8 @@ class Worker(Loop):
                 f'"{printable(environ.get("HTTP_USER_AGENT", "-"))}"')
         if self.settings.access_log:
             self.log_lines.append(line)
-        if access_log.handlers:
-            access_log.info(line, extra={
+        if self.access_log.handlers:
+            self.access_log.info(line, extra={
                 "status": int(x.status[:3]), "bytes": x.sent, "path": environ.get("PATH_INFO"),
                 "method": environ["REQUEST_METHOD"], "client": environ.get("REMOTE_ADDR"),
                 "peer": x.connection.addr,
@@ -5239,6 +5249,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return USAGE_STATUS
     target = given.pop("target")
     flags = {name: value for name, value in given.items() if value is not None}
+    import logging
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
