@@ -2300,8 +2300,8 @@ class App:
                 route, args = found[3], found[4]
                 if route.wants_request:
                     out = route.call(request=Request(environ), **args)
-                else:
-                    out = route.call(**args)
+                else:  # FAST: a call without ** is half a microsecond shorter
+                    out = route.call(**args) if args else route.call()
         except HTTPResponse as answer:
             out = answer
         except Exception as error:
@@ -3410,8 +3410,9 @@ class Exchange:
     queued: int               # bytes that the system held when it last took some
     sent: int                 # bytes of body, for the log
 
-    def __init__(self, worker: "Worker", connection: Connection, environ: Dict[str, Any],
-                 ending: bytes) -> None:
+    def begin(self, worker: "Worker", connection: Connection, environ: Dict[str, Any],
+              ending: bytes) -> None:
+        """What __init__ would do. FAST: called from here it takes half the time."""
         self.worker = worker
         self.connection = connection
         self.environ = environ
@@ -3469,6 +3470,9 @@ class Exchange:
 
     def describe(self) -> str:
         return f"{self.environ['REQUEST_METHOD']} {printable(self.environ['REQUEST_URI'])}"
+
+
+new_exchange = Exchange.__new__
 
 
 class StreamInput(io.RawIOBase):
@@ -3541,7 +3545,9 @@ class Worker(Loop):
 
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings) -> None:
         super().__init__(settings)
-        self.app = app
+        # FAST: a bound method is called without the detour over its class
+        target: Any = app
+        self.app = target.__call__ if hasattr(type(app).__call__, "__code__") else target
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
         self.routes = self.plan != self.learned_plan  # the application can refuse by itself
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
@@ -3648,7 +3654,8 @@ class Worker(Loop):
         ending = KEEP  # FAST: end_of_head() agrees
         if "HTTP_CONNECTION" in environ or environ["SERVER_PROTOCOL"] != "HTTP/1.1":
             ending = end_of_head(environ)
-        x = Exchange(self, c, environ, ending)
+        x = new_exchange(Exchange)
+        x.begin(self, c, environ, ending)
         if DROPPED in environ:
             note_once("_", "header %s dropped: a name with _ could pass for one with -",
                       environ.pop(DROPPED))
@@ -4220,9 +4227,11 @@ class Worker(Loop):
         knows where the next request begins."""
         note_refusal("%s: %s %s", printable(c.addr), error.status, printable(error))
         method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
-        x = c.exchange or Exchange(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-",
-                                             "SERVER_PROTOCOL": "HTTP/1.1",
-                                             "REMOTE_ADDR": c.addr}, CLOSE)
+        x = c.exchange
+        if x is None:
+            x = new_exchange(Exchange)
+            x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
+                              "SERVER_PROTOCOL": "HTTP/1.1"}, CLOSE)
         c.buf = b""
         x.ending = CLOSE
         status, body = format_error(error)
