@@ -53,7 +53,7 @@ GLOSSARY
     hand, me    a Hand: a thread as the others see it; me.holds: it has the loop
 
 SPDX-License-Identifier: MIT        Copyright (c) 2026 the minibottle authors
-Python 3.8 and newer (CPython, PyPy). The licence text is at the end of this comment block.
+Python 3.8 and newer. The licence text follows, also in LICENSE.
 """
 # Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
 # associated documentation files (the "Software"), to deal in the Software without restriction,
