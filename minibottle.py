@@ -95,9 +95,15 @@ from functools import lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain
-from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
-                    Match, NoReturn, Optional, Pattern, Set, Tuple, Union)
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our time
+    from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
+                        Match, NoReturn, Optional, Pattern, Set, Tuple, Union)
+    Field = Tuple[str, str]
+    Decoder = Generator[bytes, None, None]
+    FilterParts = Tuple[str, Optional[Callable], Optional[Callable]]
 
 __version__ = "1.0"
 __all__ = (
@@ -506,10 +512,10 @@ FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x
 REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,20}) ([!-~\x80-\xff]+) "
                           r"(HTTP/[0-9]\.[0-9])")
 HOST = re.compile(r"(?:[A-Za-z0-9._~%-]+|\[[0-9A-Fa-f:.]+\])?(?::[0-9]{0,5})?")
-ABSOLUTE = re.compile(r"https?://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?", re.IGNORECASE)
+ABSOLUTE = r"(?i:https?)://([^/?#]+)(/[^?#]*)?(?:\?([^#]*))?"
 LENGTH = re.compile(r"[0-9]{1,19}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]{0,230})?\r\n")
-BARE_LF = re.compile(rb"(?<!\r)\n")
+BARE_LF = rb"(?<!\r)\n"
 STATUS = re.compile(r"[2-9][0-9][0-9] [\t\x20-\x7e\x80-\xff]*")
 
 MAX_MEMO = 2000             # lines remembered: header lines repeat from request to request
@@ -529,10 +535,15 @@ NO_TRAILER = SINGLE | SECRET | frozenset((
     "HTTP_IF_UNMODIFIED_SINCE", "HTTP_SET_COOKIE"))
 
 DROPPED = ""                # the environ key under which names with "_" end: they are no header
+# The environ key that marks a request with a body, or that asks something of its connection: FAST,
+# one question instead of six. Lines of these names are not remembered, but for keep-alive.
+SPECIAL = "minibottle.special"
+SPECIAL_FIELDS = frozenset(("CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING", "HTTP_EXPECT",
+                            "HTTP_CONNECTION", DROPPED))
 
-Field = Tuple[str, str]
 field_lines: Dict[str, Field] = {}       # a header line, checked -> (environ key, value)
 field_names: Dict[str, str] = {}         # a header name, checked -> its environ key
+known_field = field_lines.get
 
 
 class Template(dict):
@@ -545,6 +556,8 @@ class Template(dict):
     def begin(self, line: str) -> Dict[str, Any]:
         """The environ of a request that has this request line; to be copied."""
         made = {**self, **parse_request_line(line)}
+        if made["SERVER_PROTOCOL"] != "HTTP/1.1" or made["REQUEST_URI"][0] != "/":
+            made[SPECIAL] = True
         if len(line) < MAX_MEMO_CHARS:
             remember(self.begun, line, made, MAX_BEGUN)
         return made
@@ -567,13 +580,12 @@ def parse_head(text: str, template: Template, max_headers: int = 100) -> Dict[st
         raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
     line = lines.pop(0)
     environ = (template.begun.get(line) or template.begin(line)).copy()
-    known = field_lines.get  # FAST: a memo of checked lines, 0.3 of the time of matching each
-    for line in lines:
-        name, value = known(line) or parse_field_line(line)
+    for line in lines:  # FAST: a memo of checked lines, 0.3 of the time of matching each
+        name, value = known_field(line) or learn_field(line, environ)
         environ[name] = value if name not in environ else join_field(name, environ[name], value)
     if "HTTP_HOST" not in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
         raise BadRequest("no Host header")  # RFC 9112 3.2
-    if environ["REQUEST_URI"][0] != "/":
+    if SPECIAL in environ and environ["REQUEST_URI"][0] != "/":
         parse_other_target(environ, environ["REQUEST_URI"])
     return environ
 
@@ -601,7 +613,7 @@ def parse_other_target(environ: Dict[str, Any], target: str) -> None:
     """A target that does not begin with "/" (RFC 9112 3.2.2 and 3.2.4), into `environ`."""
     if target == "*" and environ["REQUEST_METHOD"] == "OPTIONS":
         return
-    match = ABSOLUTE.fullmatch(target)
+    match = re.fullmatch(ABSOLUTE, target)
     if not match:
         raise BadRequest(f"bad request target {target[:80]!a}")
     authority, path, query = match.groups()
@@ -610,6 +622,16 @@ def parse_other_target(environ: Dict[str, Any], target: str) -> None:
     environ["HTTP_HOST"] = authority  # RFC 9112 3.2.2: it beats the Host header
     environ["PATH_INFO"] = unquote_to_bytes(path or "/").decode("latin-1")
     environ["QUERY_STRING"] = query or ""
+
+
+def learn_field(line: str, environ: Dict[str, Any]) -> Field:
+    """A header line that is not in the memo: parsed, remembered if it may be, or marked."""
+    name, value = field = parse_field_line(line)
+    if name in SPECIAL_FIELDS and (name != "HTTP_CONNECTION" or value.lower() != "keep-alive"):
+        environ[SPECIAL] = True
+    elif len(line) < MAX_MEMO_CHARS and name not in SECRET:
+        remember(field_lines, line, field)
+    return field
 
 
 def parse_field_line(line: str) -> Field:
@@ -624,8 +646,6 @@ def parse_field_line(line: str) -> Field:
     value = value.strip(" \t")
     if name == "HTTP_HOST" and not HOST.fullmatch(value):
         raise BadRequest(f"bad host {value[:80]!a}")
-    if len(line) < MAX_MEMO_CHARS and name not in SECRET:
-        remember(field_lines, line, (name, value))
     return name, value
 
 
@@ -663,7 +683,7 @@ def join_field(name: str, first: str, second: str) -> str:
 def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: int) -> None:
     """Raise BadRequest as soon as what has come of a head can become no good one."""
     line, end, rest = data.partition(b"\r\n")
-    if BARE_LF.search(data):
+    if re.search(BARE_LF, data):
         raise BadRequest("line ended by LF without CR")
     if end or len(line) > max_request_line:
         if len(line) > max_request_line:
@@ -697,7 +717,6 @@ def parse_framing(environ: Dict[str, Any]) -> int:
     return -1
 
 
-Decoder = Generator[bytes, None, None]
 NEED_DATA = b""
 
 
@@ -792,14 +811,6 @@ def frame_chunk(piece: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 length_lines: Dict[int, bytes] = {}
-length_fields: Dict[int, Tuple[str, str]] = {}
-
-
-def length_field(size: int) -> Tuple[str, str]:
-    """12 -> ("Content-Length", "12")."""
-    field = "Content-Length", str(size)
-    remember(length_fields, size, field)
-    return field
 
 
 def format_length(size: int) -> bytes:
@@ -815,6 +826,7 @@ KINDS.update(dict.fromkeys(("connection", "keep-alive", "proxy-authenticate", "t
                             "proxy-authorization", "trailers", "transfer-encoding", "upgrade",
                             "proxy-connection"), HOP_BY_HOP))  # RFC 9110 7.6.1, PEP 3333
 answer_lines: Dict[Tuple[str, str], Tuple[bytes, int]] = {}  # a header of an answer, checked
+known_answer = answer_lines.get
 statuses: Dict[str, bool] = {}                               # a status, checked -> has no body
 
 
@@ -888,13 +900,13 @@ def parse_cookies(header: str) -> List[Tuple[str, str]]:
         if not equals or not name:
             continue
         if len(value) > 1 and value[0] == value[-1] == '"':
-            value = COOKIE_ESCAPE.sub(unescape_cookie, value[1:-1].encode("utf-8")).decode(
+            value = re.sub(COOKIE_ESCAPE, unescape_cookie, value[1:-1].encode("utf-8")).decode(
                 "utf-8", "replace")
         pairs.append((name, value))
     return pairs
 
 
-COOKIE_ESCAPE = re.compile(rb"\\(?:([0-3][0-7][0-7])|(.))")  # as http.cookies quotes
+COOKIE_ESCAPE = rb"\\(?:([0-3][0-7][0-7])|(.))"  # as http.cookies quotes
 
 
 def unescape_cookie(match: Match) -> bytes:
@@ -904,11 +916,11 @@ def unescape_cookie(match: Match) -> bytes:
 def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
     """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
     options = {name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
-               for name, quoted, plain in OPTION.findall(header)}
+               for name, quoted, plain in re.findall(OPTION, header)}
     return header.partition(";")[0].strip(" \t").lower(), options
 
 
-OPTION = re.compile(r";[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"((?:[^\"\\]|\\.)*)\"|([^;\"]*))")
+OPTION = r";[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"((?:[^\"\\]|\\.)*)\"|([^;\"]*))"
 
 
 # === 6. Request and Response ==================================================
@@ -1166,7 +1178,7 @@ class Request:
     def read_json(self) -> object:
         """The body as JSON, strictly: HTTPError 415 for another type, 400 for what is not JSON."""
         kind = self.content_type.partition(";")[0].strip(" \t")
-        if not JSON_TYPE.fullmatch(kind):
+        if not re.fullmatch(JSON_TYPE, kind):
             raise HTTPError(415, f"Content-Type {kind!r} is not JSON.")
         return self._once("json", self._parse_json)
 
@@ -1198,7 +1210,7 @@ class Request:
         return found
 
 
-JSON_TYPE = re.compile(r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)")
+JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
 
 
 def text_of_query(value: str) -> str:
@@ -1293,7 +1305,7 @@ class Response:
             code, line = status, _HTTP_STATUS_LINES.get(status) or f"{status} Unknown"
         else:
             line = status.strip(" ")
-            code = int(line[:3]) if STATUS_LINE.fullmatch(line) else 0
+            code = int(line[:3]) if re.fullmatch(STATUS_LINE, line) else 0
         if not 100 <= code <= 999:
             raise ValueError(f"bad status {status!r}: a number from 100 to 999, or '404 Reason'")
         self._status_code = code
@@ -1410,9 +1422,9 @@ OF_THE_BODY = frozenset((
     "Content-Type", "Content-Length", "Content-Encoding", "Content-Language", "Content-Location",
     "Content-Range", "Content-Disposition", "Content-Md5", "Digest", "Etag", "Last-Modified",
     "Accept-Ranges"))
-STATUS_LINE = re.compile(r"[1-9][0-9][0-9] [ -~]+")
+STATUS_LINE = r"[1-9][0-9][0-9] [ -~]+"
 COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*")  # RFC 6265 4.1.1, without quotes
-COOKIE_ATTRIBUTE = re.compile(r"[ -:<-~]*")
+COOKIE_ATTRIBUTE = r"[ -:<-~]*"
 COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "Expires",
                   "secure": "Secure", "httponly": "HttpOnly", "samesite": "SameSite",
                   "partitioned": "Partitioned"}
@@ -1461,7 +1473,7 @@ def format_cookie_option(key: str, value: Any) -> str:
         value = str(value).capitalize()
         if value not in ("Lax", "Strict", "None"):
             raise ValueError(f"samesite is lax, strict or none, not {value!r}")
-    if not COOKIE_ATTRIBUTE.fullmatch(str(value)):
+    if not re.fullmatch(COOKIE_ATTRIBUTE, str(value)):
         raise ValueError(f"bad character in cookie {key} {value!r}")
     return str(value)
 
@@ -1581,11 +1593,10 @@ def do_nothing() -> None:
     """The close() of what has none."""
 
 
-COMPRESSIBLE = re.compile(
+COMPRESSIBLE = (
     r"text/|application/(?:json|javascript|x-javascript|xml|wasm|manifest\+json)\b"
-    r"|[a-z]+/[a-z0-9.-]+\+(?:json|xml)\b|image/(?:svg\+xml|bmp|x-icon)|font/(?:ttf|otf)",
-    re.IGNORECASE)
-CODING = re.compile(r"[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)[ \t]*"
+    r"|[a-z]+/[a-z0-9.-]+\+(?:json|xml)\b|image/(?:svg\+xml|bmp|x-icon)|font/(?:ttf|otf)")
+CODING = (r"[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)[ \t]*"
                     r"(?:;[ \t]*[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)[ \t]*)?")
 
 
@@ -1594,7 +1605,7 @@ def accepts_gzip(header: str) -> bool:
     """"gzip;q=0.5, *;q=0" -> True: its q is above 0 and not below identity's (RFC 9110 12.5.3)."""
     weights: Dict[str, float] = {}
     for part in header.split(","):
-        match = CODING.fullmatch(part)
+        match = re.fullmatch(CODING, part)
         if match:
             weights[match[1].lower()] = float(match[2] or 1)
     weight = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
@@ -1618,7 +1629,7 @@ def negotiate_gzip(environ: Dict[str, Any], status: str, headers: List[Tuple[str
     if (status[:3] in ("204", "206", "304") or environ.get("minibottle.gzip") is False
             or length is not None and length < minimum
             or "content-encoding" in found or "content-range" in found
-            or not COMPRESSIBLE.match(found.get("content-type", ""))
+            or not re.match(COMPRESSIBLE, found.get("content-type", "").lower())
             or "no-transform" in found.get("cache-control", "").lower()):
         return headers, False
     vary = found.get("vary", "")
@@ -1721,17 +1732,16 @@ class RouteBuildError(RouteError):
 
 # <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
 WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>", re.ASCII)
-GROUP = re.compile(r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))")
+GROUP = r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))"
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
 
-FilterParts = Tuple[str, Optional[Callable], Optional[Callable]]
 FILTERS: Dict[str, Callable[[Optional[str]], FilterParts]] = {
     "default": lambda config: (r"[^/]+", None, None),
     "int": lambda config: (r"-?[0-9]+", int, lambda value: str(int(value))),
     "float": lambda config: (r"-?[0-9.]+", float, lambda value: str(float(value))),
     "path": lambda config: (r".+?", None, None),
-    "re": lambda config: (GROUP.sub(lambda m: m[1] or "(?:", config or r"[^/]+"), None, None),
+    "re": lambda config: (re.sub(GROUP, lambda m: m[1] or "(?:", config or r"[^/]+"), None, None),
 }
 
 
@@ -1978,8 +1988,16 @@ class Plan:
         """A call has blocked. Once is chance (another process had the CPU), twice is a habit."""
         self.slow = min(self.slow + SLOW_MEMORY, 2 * SLOW_MEMORY)
 
+    def took(self, seconds: float) -> None:
+        """What a call took: did it block?"""
+        if seconds > SLOW_SECONDS:
+            self.blocked()
+        else:
+            self.slow = max(0, self.slow - 1)
 
-SLOW_MEMORY = 16  # a route that blocks twice within so many calls is called on a thread
+
+SLOW_SECONDS = 0.001  # a call that lasts longer has blocked
+SLOW_MEMORY = 16      # a route that blocks twice within so many calls is called on a thread
 EARLY = Plan(early=True)
 LATE = Plan()
 
@@ -2298,10 +2316,11 @@ class App:
             if out is None:
                 found = self._find(environ)
                 route, args = found[3], found[4]
+                call = route.call
                 if route.wants_request:
-                    out = route.call(request=Request(environ), **args)
+                    out = call(request=Request(environ), **args)
                 else:  # FAST: a call without ** is half a microsecond shorter
-                    out = route.call(**args) if args else route.call()
+                    out = call(**args) if args else call()
         except HTTPResponse as answer:
             out = answer
         except Exception as error:
@@ -2351,10 +2370,6 @@ class App:
 
     def _cast(self, out: Any) -> Any:
         """A returned value -> the body, as bytes or as an iterable of bytes."""
-        if type(out) is str:  # FAST: the most common first; encode() below agrees
-            environ = CURRENT.get()
-            if environ.get("minibottle.response") is None:
-                return out.encode("utf-8")
         if isinstance(out, HTTPError):
             return self._cast_error(out)
         if isinstance(out, str):
@@ -2420,12 +2435,18 @@ class App:
     def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
         token = CURRENT.set(environ)
+        planned = environ.get("minibottle.route")
         try:
             try:
-                out = self._cast(self._handle(environ))
+                out = self._handle(environ)
+                if type(out) is str and environ.get("minibottle.response") is None:
+                    out = out.encode("utf-8")  # FAST: the most common first; _cast() agrees
+                else:
+                    out = self._cast(out)
             except Exception as error:  # what was returned cannot be sent
                 out = self._cast(self._apply(self.failure(error, environ), environ))
             answer = environ.get("minibottle.response")
+            is_head = environ["REQUEST_METHOD"] == "HEAD"
             if answer is None:
                 status, headers, has_body = "200 OK", [HTML], True
             else:
@@ -2434,16 +2455,17 @@ class App:
             if "minibottle.copy" in environ:
                 out = closing_too(out, environ["minibottle.copy"])
             if type(out) is bytes:
-                if has_body and (answer is None or "Content-Length" not in answer._headers.dict):
-                    size = len(out)
-                    headers.append(length_fields.get(size) or length_field(size))
+                # FAST: our server counts by itself, where nothing is between us and it
+                if (is_head or not planned or planned[0] is not self) and has_body and (
+                        answer is None or "Content-Length" not in answer._headers.dict):
+                    headers.append(("Content-Length", str(len(out))))
                 out = [out]
             try:
                 start_response(status, headers)
             except BaseException:
                 getattr(out, "close", do_nothing)()
                 raise
-            if has_body and environ["REQUEST_METHOD"] != "HEAD":
+            if has_body and not is_head:
                 return out
             getattr(out, "close", do_nothing)()
             return []
@@ -2673,7 +2695,6 @@ class TestClient:
 IN, OUT, OFF = 1, 4, 1 << 30  # EPOLLIN, EPOLLOUT, EPOLLONESHOT: a mask of 0 would let HUP spin
 
 MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread the loop
-SLOW_SECONDS = 0.001        # a call that lasts longer has blocked
 SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
@@ -3388,45 +3409,34 @@ class Exchange:
     What only some requests need is set when it is needed.
     """
 
-    __slots__ = ("worker", "connection", "environ", "plan", "ending", "is_head", "unread", "file",
-                 "decoder", "buf", "started", "received", "stream", "status", "bodiless",
-                 "headers", "lines", "length", "ours", "head_sent", "chunked", "left", "out",
-                 "iterator", "result", "offset", "sent", "began",
-                 "queued")
+    __slots__ = ("worker", "connection", "environ", "plan", "ending", "body", "began", "status",
+                 "bodiless", "headers", "lines", "length", "ours", "head_sent", "chunked", "left",
+                 "result", "iterator", "out", "offset", "queued", "sent")
     plan: Plan                # set once routed
     began: float              # when the application was called
-    buf: Any                  # while a body comes, a bytearray: read, and not decoded
-    decoder: Any
-    started: float            # when it began to come
-    received: int             # bytes of it
     status: str               # set by start_response
-    bodiless: bool            # by its status: 204, 304
+    bodiless: bool            # an answer to HEAD, or of a status without a body
     headers: List[Tuple[str, str]]
     length: Optional[int]     # the application's Content-Length
     ours: Tuple[str, ...]     # of Server and Date, what it has set itself
+    chunked: bool             # set by make_head
     left: Optional[int]       # bytes to come of a body with a Content-Length
     iterator: Any             # what is pulled
+    out: Any                  # bytes the socket has not taken yet
     offset: int               # in a file that is sent
     queued: int               # bytes that the system held when it last took some
     sent: int                 # bytes of body, for the log
 
-    def begin(self, worker: "Worker", connection: Connection, environ: Dict[str, Any],
-              ending: bytes) -> None:
+    def begin(self, worker: "Worker", connection: Connection, environ: Dict[str, Any]) -> None:
         """What __init__ would do. FAST: called from here it takes half the time."""
         self.worker = worker
         self.connection = connection
         self.environ = environ
-        self.ending = ending      # KEEP, KEEP_OLD or CLOSE
-        self.is_head = environ["REQUEST_METHOD"] == "HEAD"
-        self.unread = False       # there is body that nobody will read
-        self.file: Any = None     # the collected body
-        self.stream: Any = None   # the body as it arrives, a StreamInput
+        self.ending = KEEP        # or KEEP_OLD, or CLOSE
+        self.body: Any = None     # of the request: a CollectedBody or a StreamInput
         self.lines: Any = None    # header lines of the answer, the first for the status line
         self.head_sent = False
-        self.chunked = False
         self.result: Any = None   # what the application returned, to be closed
-        self.out: Any = None      # bytes the socket has not taken yet
-        self.sent = 0
 
     def start_response(self, status: str, headers: List[Tuple[str, str]],
                        exc_info: Any = None) -> Callable[[bytes], None]:
@@ -3437,13 +3447,14 @@ class Exchange:
             if self.head_sent:
                 raise exc_info[1].with_traceback(exc_info[2])
         bodiless = statuses.get(status)
-        self.bodiless = check_status(status) if bodiless is None else bodiless
+        if bodiless is None:
+            bodiless = check_status(status)
+        self.bodiless = bodiless or self.environ["REQUEST_METHOD"] == "HEAD"
         lines = [b""]
         self.length = None
         self.ours = ()
-        known = answer_lines.get  # FAST: a memo of checked headers
-        for field in headers:
-            line, kind = known(field) or format_field(field)
+        for field in headers:  # FAST: a memo of checked headers
+            line, kind = known_answer(field) or format_field(field)
             if not kind:
                 lines.append(line)
             elif kind == BODY_LENGTH:
@@ -3459,10 +3470,10 @@ class Exchange:
         self.status = status
         self.headers = headers
         self.lines = lines
-        return self.write
+        return self
 
-    def write(self, data: bytes) -> None:
-        """PEP 3333's write(): sent before it returns."""
+    def __call__(self, data: bytes) -> None:
+        """PEP 3333's write(), which start_response returns: sent before it returns."""
         if not isinstance(data, bytes):
             raise TypeError(f"write() takes bytes, not {type(data).__name__}")
         if not self.worker.send_now(self, self.worker.frame(self, data)):
@@ -3473,6 +3484,25 @@ class Exchange:
 
 
 new_exchange = Exchange.__new__
+
+
+class CollectedBody:
+    """The body of a request that is stored before the application is called."""
+
+    __slots__ = ("decoder", "buf", "file", "received", "started")
+
+    def __init__(self, decoder: Decoder, buf: bytearray) -> None:
+        self.decoder = decoder
+        self.buf = buf           # read, and not decoded
+        self.file: Any = io.BytesIO()
+        self.received = 0        # bytes of it
+        self.started = monotonic()
+
+    def is_done(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class StreamInput(io.RawIOBase):
@@ -3623,46 +3653,39 @@ class Worker(Loop):
             return self.advance(c, me)
         if c.phase == LINGER:
             return self.give(c)
-        c.exchange.buf += data
+        c.exchange.body.buf += data
         self.collect(c.exchange, me)
 
     def on_end(self, c: Connection, me: Hand) -> None:
         """The peer sends no more: nothing that is begun here can be completed."""
         x = c.exchange
         self.close(c)
-        if x is not None and x.file is not None:
-            x.file.close()
+        if x is not None and x.body is not None:
+            x.body.close()
 
     def advance(self, c: Connection, me: Hand) -> None:
         """c.buf has bytes of a head, and perhaps of what follows it."""
-        data = c.buf
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or end > self.safe_head:
-            if data[:2] == b"\r\n":  # RFC 9112 2.2: empty lines before a request are ignored
+        head, end, rest = c.buf.partition(b"\r\n\r\n")
+        if not end or len(head) > self.safe_head:
+            if head[:2] == b"\r\n":  # RFC 9112 2.2: empty lines before a request are ignored
                 return self.skip_empty_lines(c, me)
-            if not self.check_head(c, data if end < 0 else data[:end], me) or end < 0:
+            if not self.check_head(c, head, bool(end), me):
                 return
         try:
-            environ = parse_head(data[:end].decode("latin-1"), c.template, self.max_headers)
+            environ = parse_head(head.decode("latin-1"), c.template, self.max_headers)
         except BadRequest as error:
-            if data[:2] == b"\r\n":
+            if c.buf[:2] == b"\r\n":
                 return self.skip_empty_lines(c, me)
             return self.refuse(c, error, me)
-        c.buf = data[end + 4:]
+        c.buf = rest
         environ["REMOTE_ADDR"] = c.addr
         environ["REMOTE_PORT"] = c.port
-        ending = KEEP  # FAST: end_of_head() agrees
-        if "HTTP_CONNECTION" in environ or environ["SERVER_PROTOCOL"] != "HTTP/1.1":
-            ending = end_of_head(environ)
         x = new_exchange(Exchange)
-        x.begin(self, c, environ, ending)
-        if DROPPED in environ:
-            note_once("_", "header %s dropped: a name with _ could pass for one with -",
-                      environ.pop(DROPPED))
-        x.plan = self.plan(environ)
-        if "CONTENT_LENGTH" in environ or "HTTP_TRANSFER_ENCODING" in environ \
-                or "HTTP_EXPECT" in environ or environ["PATH_INFO"] == "*":
-            self.begin_body(x, me)
+        x.begin(self, c, environ)
+        plan = self.plan  # FAST: two steps, which CPython 3.11 specializes; one it does not
+        x.plan = plan(environ)
+        if SPECIAL in environ:
+            self.begin_special(x, me)
         else:
             self.call(x, me)
 
@@ -3676,7 +3699,7 @@ class Worker(Loop):
         else:
             self.await_head(c)
 
-    def check_head(self, c: Connection, data: bytes, me: Hand) -> bool:
+    def check_head(self, c: Connection, data: bytes, ended: bool, me: Hand) -> bool:
         """A head that is long or not all here: False if it is refused, or waited for."""
         settings = self.settings
         try:
@@ -3684,10 +3707,9 @@ class Worker(Loop):
         except BadRequest as error:
             self.refuse(c, error, me)
             return False
-        if data is c.buf:
+        if not ended:
             self.await_head(c)
-            return False
-        return True
+        return ended
 
     def await_head(self, c: Connection) -> None:
         if c.phase == IDLE:
@@ -3695,9 +3717,15 @@ class Worker(Loop):
             c.deadline = monotonic() + self.settings.header_timeout
         self.give(c)
 
-    def begin_body(self, x: Exchange, me: Hand) -> None:
-        """The head is in: is there a body, is it wanted, and who reads it?"""
+    def begin_special(self, x: Exchange, me: Hand) -> None:
+        """The head is in: does the connection end, is there a body, is it wanted, and who reads
+        it?"""
         c, environ, plan = x.connection, x.environ, x.plan
+        del environ[SPECIAL]
+        x.ending = end_of_head(environ)
+        if DROPPED in environ:
+            note_once("_", "header %s dropped: a name with _ could pass for one with -",
+                      environ.pop(DROPPED))
         try:
             length = parse_framing(environ)
             expect = environ.get("HTTP_EXPECT", "").lower()
@@ -3707,31 +3735,30 @@ class Worker(Loop):
             c.exchange = x
             return self.refuse(c, error, me)
         if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
-            x.unread = length != 0
+            if length:
+                x.ending = CLOSE
             return self.answer(x, me, "204 No Content", b"", [("Allow", ", ".join(VERBS))])
         environ.pop("HTTP_TRANSFER_ENCODING", None)
         expects = bool(expect) and environ["SERVER_PROTOCOL"] == "HTTP/1.1" and length != 0
         limit = self.settings.max_body if plan.max_body is None else plan.max_body
         if plan.early and (expects or not 0 <= length <= SMALL_BODY):
-            x.unread = True
+            x.ending = CLOSE
             return self.call(x, me)
         if length > limit:
             return self.refuse_body(x, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
         if not length:
             return self.call(x, me)
-        x.buf = bytearray(c.buf)
-        x.decoder = iter_chunked(x.buf, limit) if length < 0 else iter_counted(x.buf, length)
+        buf = bytearray(c.buf)
+        decoder = iter_chunked(buf, limit) if length < 0 else iter_counted(buf, length)
         c.buf = b""
         c.exchange = x
         if plan.stream:
-            x.stream = StreamInput(x, x.decoder, x.buf, expects)
-            environ["wsgi.input"] = io.BufferedReader(x.stream, RECV_BYTES)
+            x.body = StreamInput(x, decoder, buf, expects)
+            environ["wsgi.input"] = io.BufferedReader(x.body, RECV_BYTES)
             return self.enqueue(x) if me.holds else self.call(x, me)
-        x.file = io.BytesIO()
-        x.received = 0
-        x.started = monotonic()
+        x.body = CollectedBody(decoder, buf)
         c.phase = BODY
-        if expects and not x.buf:
+        if expects and not buf:
             try:
                 c.sock.send(CONTINUE)
             except OSError:
@@ -3740,35 +3767,33 @@ class Worker(Loop):
 
     def collect(self, x: Exchange, me: Hand) -> None:
         """Store what has come of the body; call when it is all here."""
-        c = x.connection
+        c, body = x.connection, x.body
         try:
-            for piece in x.decoder:
+            for piece in body.decoder:
                 if not piece:
                     break
-                x.received += len(piece)
-                self.store(x, piece, me)
+                body.received += len(piece)
+                self.store(body, piece, me)
             else:
                 return self.collected(x, me)
         except BadRequest as error:
             return self.refuse_body(x, error, me)
         timeout = self.settings.body_timeout
-        c.deadline = min(monotonic(), x.started + x.received / MIN_BODY_RATE) + timeout
+        c.deadline = min(monotonic(), body.started + body.received / MIN_BODY_RATE) + timeout
         self.give(c)
 
-    def store(self, x: Exchange, piece: bytes, me: Hand) -> None:
-        if x.received <= self.settings.spool_threshold:
-            x.file.write(piece)
+    def store(self, body: CollectedBody, piece: bytes, me: Hand) -> None:
+        if body.received <= self.settings.spool_threshold:
+            body.file.write(piece)
         else:  # a disk may block
-            x.file = self.user(me, spool, x.file, piece, self.settings.spool_threshold)
+            body.file = self.user(me, spool, body.file, piece, self.settings.spool_threshold)
 
     def collected(self, x: Exchange, me: Hand) -> None:
-        c, environ = x.connection, x.environ
-        x.file.seek(0)
-        environ["CONTENT_LENGTH"] = str(x.received)
-        environ["wsgi.input"] = environ["minibottle.body"] = x.file
-        c.buf = bytes(x.buf)
-        c.exchange = None
-        x.buf = x.decoder = None
+        environ, body = x.environ, x.body
+        body.file.seek(0)
+        environ["CONTENT_LENGTH"] = str(body.received)
+        environ["wsgi.input"] = environ["minibottle.body"] = body.file
+        x.connection.exchange = None
         self.call(x, me)
 
     def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
@@ -3778,7 +3803,7 @@ class Worker(Loop):
             return self.refuse(x.connection, error, me)
         x.environ["minibottle.refused"] = error
         x.environ["minibottle.route"] = None
-        x.unread = True
+        x.ending = CLOSE
         x.connection.exchange = None
         self.call(x, me)
 
@@ -3786,20 +3811,20 @@ class Worker(Loop):
 
     def call(self, x: Exchange, me: Hand) -> None:
         """Call the application and send what it returns. The ticket lies on the table meanwhile."""
-        plan = x.plan
-        if plan.slow > SLOW_MEMORY and me.holds:  # it has blocked lately: another thread calls
-            return self.enqueue(x)
-        me.exchange = x
         x.began = began = monotonic()
         if me.holds:
+            if x.plan.slow > SLOW_MEMORY:  # it has blocked lately: another thread calls
+                return self.enqueue(x)
             me.table.append(began)
             if self.asleep:
                 self.rouse()
         else:
             me.since = began
+        me.exchange = x
         error = None
         try:
-            result = self.app(x.environ, x.start_response)
+            app = self.app
+            result = app(x.environ, x.start_response)
         except BaseException as raised:  # SystemExit too: it ends a request, not a thread of ours
             error = raised
         if me.holds:
@@ -3807,16 +3832,16 @@ class Worker(Loop):
                 me.table.pop()
             except IndexError:  # the monitor took it: another thread has the loop
                 me.holds = False
-        me.since = 0.0
+                me.since = 0.0
+        else:
+            me.since = 0.0
         now = monotonic()
-        if now - began > SLOW_SECONDS:
-            plan.blocked()
-        elif plan.slow:
-            plan.slow -= 1
+        if now - began > SLOW_SECONDS or x.plan.slow:
+            x.plan.took(now - began)
         if error is not None:
             return self.on_error(x, error, me)
-        if x.stream is not None:
-            x.unread = not x.stream.is_done()
+        if x.body is not None and not x.body.is_done():
+            x.ending = CLOSE
         if type(result) is list and x.lines is not None and not x.head_sent:
             return self.send_list(x, result, now, me)
         self.respond(x, result, me)
@@ -3831,7 +3856,7 @@ class Worker(Loop):
         """FAST: an answer that is all here goes out in one send; respond() agrees with it."""
         try:
             body = result[0] if len(result) == 1 else b"".join(result)
-            if not isinstance(body, bytes):
+            if type(body) is not bytes and not isinstance(body, bytes):
                 raise TypeError(f"a body is made of bytes, not {type(body).__name__}")
         except TypeError as error:
             return self.on_error(x, error, me)
@@ -3839,11 +3864,11 @@ class Worker(Loop):
         if size >= self.gzip_min:
             body = self.compress(x, body, me)
             size = len(body)
-        if x.bodiless or x.is_head:
+        if x.bodiless:
             return self.send_bodiless(x, size, me)
         if x.length is not None and x.length != size:
             return self.respond(x, (body,), me)
-        if self.draining or x.unread:
+        if self.draining:
             x.ending = CLOSE
         lines = x.lines
         prefix = self.prefixes.get(x.status) if now < self.date_at and not x.ours else None
@@ -3870,18 +3895,19 @@ class Worker(Loop):
     def make_head(self, x: Exchange) -> bytes:
         """The head of an answer, with the framing that its length asks for (RFC 9112 6)."""
         extra = b""
-        bodiless = x.bodiless or x.is_head
-        x.left = None if bodiless else x.length
+        x.left = None if x.bodiless else x.length
+        x.chunked = False
+        x.sent = 0
         if x.length is not None and x.status[:3] != "204":
             extra = format_length(x.length)
-        elif bodiless:
+        elif x.bodiless:
             pass
         elif x.environ["SERVER_PROTOCOL"] == "HTTP/1.1":
             x.chunked = True
             extra = b"Transfer-Encoding: chunked\r\n"
         else:
             x.ending = CLOSE  # its end is the end of the connection
-        if self.draining or x.unread:
+        if self.draining:
             x.ending = CLOSE
         x.head_sent = True
         return self.make_prefix(x, monotonic()) + b"".join(x.lines) + extra + x.ending
@@ -3895,14 +3921,14 @@ class Worker(Loop):
                           x.describe(), x.length)
                 piece = piece[:x.left]
             x.left -= len(piece)
-        if x.is_head or x.bodiless:
+        if x.bodiless:
             return head
         x.sent += len(piece)
         return head + (frame_chunk(piece) if x.chunked else piece)
 
     def compress(self, x: Exchange, body: bytes, me: Hand) -> bytes:
         """The body as this client takes it, and x.lines to go with it."""
-        if x.is_head or x.length not in (None, len(body)):
+        if x.bodiless or x.length not in (None, len(body)):
             return body
         if self.negotiate(x, len(body)):
             body = self.user(me, gzip_bytes, body, self.settings.gzip_level)
@@ -3921,7 +3947,7 @@ class Worker(Loop):
 
     def send_bodiless(self, x: Exchange, size: int, me: Hand) -> None:
         """An answer to HEAD, or one that has no body (RFC 9110 6.4.1)."""
-        if not x.bodiless:
+        if not check_status(x.status):
             if x.length is None and size:
                 x.length = size
             if self.negotiate(x, x.length):
@@ -3962,8 +3988,9 @@ class Worker(Loop):
         """The answer is out: release what the request held, and give the connection back."""
         c = x.connection
         me.exchange = None
-        if x.file is not None:
-            x.file.close()
+        if x.body is not None:
+            c.buf = bytes(x.body.buf)
+            x.body.close()
         if self.logs or self.access_log.handlers:
             self.log_access(x)
             if not me.holds:
@@ -3971,8 +3998,6 @@ class Worker(Loop):
         c.exchange = None
         if x.ending is CLOSE:
             return self.farewell(c, me)
-        if x.stream is not None:
-            c.buf = bytes(x.buf)
         c.phase = IDLE
         c.since = now
         c.deadline = now + self.keepalive_timeout
@@ -4000,8 +4025,8 @@ class Worker(Loop):
 
     def release(self, x: Exchange, me: Hand) -> None:
         """Close what a request holds that is not answered to its end."""
-        if x.file is not None:
-            x.file.close()
+        if x.body is not None:
+            x.body.close()
         self.close_result(x, me)
 
     def farewell(self, c: Connection, me: Hand) -> None:
@@ -4037,7 +4062,7 @@ class Worker(Loop):
             return self.on_error(x, error, me)
         if x.head_sent:
             return self.pump(x, first, me)
-        if x.is_head or x.bodiless:
+        if x.bodiless:
             self.close_result(x, me)
             return self.send_bodiless(x, 0, me)
         announced = x.length
@@ -4074,7 +4099,7 @@ class Worker(Loop):
             if budget < 0:
                 x.plan.blocked()
                 self.leave(me)
-            if not me.holds and x.chunked and self.has_left(x):
+            if not me.holds and x.head_sent and x.chunked and self.has_left(x):
                 return self.abort(x, me)
             piece = None
         self.end_of_body(x, me)
@@ -4155,7 +4180,7 @@ class Worker(Loop):
     def begin_file(self, x: Exchange, me: Hand) -> bool:
         """A real file goes out by sendfile. False: it is none, or its bytes must be changed."""
         file = x.result.file
-        if not hasattr(os, "sendfile") or x.is_head or x.bodiless or not isinstance(
+        if not hasattr(os, "sendfile") or x.bodiless or not isinstance(
                 getattr(file, "raw", file), io.FileIO):  # gzip.open() has a fileno() too
             return False
         try:
@@ -4212,7 +4237,8 @@ class Worker(Loop):
         if x.head_sent:
             return self.abort(x, me)
         self.close_result(x, me)
-        x.unread = x.unread or x.stream is not None
+        if type(x.body) is StreamInput:
+            x.ending = CLOSE
         self.answer(x, me, status, body)
 
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
@@ -4231,7 +4257,7 @@ class Worker(Loop):
         if x is None:
             x = new_exchange(Exchange)
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
-                              "SERVER_PROTOCOL": "HTTP/1.1"}, CLOSE)
+                              "SERVER_PROTOCOL": "HTTP/1.1"})
         c.buf = b""
         x.ending = CLOSE
         status, body = format_error(error)
@@ -4260,7 +4286,8 @@ class Worker(Loop):
         error = ServiceUnavailable(f"no thread was free within {self.settings.queue_timeout} s "
                                    f"(queue_timeout, max_threads {self.settings.max_threads})")
         note_refusal("%s: 503 %s", x.describe(), error)
-        x.unread = x.unread or x.stream is not None
+        if type(x.body) is StreamInput:
+            x.ending = CLOSE
         status, body = format_error(error)
         self.answer(x, me, status, body)
 
@@ -4939,7 +4966,7 @@ def count_workers(text: str) -> int:
         return os.cpu_count() or 1
 
 
-ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*)):([0-9]{1,5})")
+ADDRESS = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*)):([0-9]{1,5})"
 
 
 def bind(address: str) -> socket.socket:
@@ -4949,7 +4976,7 @@ def bind(address: str) -> socket.socket:
     """
     if address.startswith("unix:"):
         return bind_unix(address[5:])
-    match = ADDRESS.fullmatch(address)
+    match = re.fullmatch(ADDRESS, address)
     if not match or int(match[3]) > 65535:
         raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
     host = match[1] or match[2] or "0.0.0.0"
@@ -5158,7 +5185,7 @@ def load_target(target: str) -> Optional[Callable]:
 
     Raises UsageError for what is not there, saying what is.
     """
-    match = TARGET.fullmatch(target)
+    match = re.fullmatch(TARGET, target)
     if not match:
         raise UsageError(f"bad target {target!r}; it is module:name, such as app:main")
     module_name, name = match[1], match[2] or "app"
@@ -5179,7 +5206,7 @@ def load_target(target: str) -> Optional[Callable]:
     return as_application(found, target)
 
 
-TARGET = re.compile(r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?")
+TARGET = r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?"
 
 
 def names_here() -> str:
