@@ -4599,8 +4599,17 @@ def receive_message(link: socket.socket) -> Tuple[dict, List[socket.socket]]:
         for level, kind, payload in rights:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array("i", payload[:len(payload) // 4 * 4])
-                sockets += [socket.socket(fileno=fd) for fd in fds]
+                sockets += map(adopt_socket, fds)
     return json_loads(data), sockets
+
+
+def adopt_socket(fd: int) -> socket.socket:
+    """A listener that others accept from already: PyPy would make it block, for all of them."""
+    socket.setdefaulttimeout(0.0)
+    try:
+        return socket.socket(fileno=fd)
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 class Process:
