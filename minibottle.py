@@ -25,13 +25,14 @@ MAP (a section uses only names from sections above it; 1-5 are pure: no socket, 
     6. Request and Response     views of environ, and what will be sent
     7. Files and gzip           file_wrapper, compression for any WSGI application
     8. Router                   rules to targets, and URLs
-    9. App                      routes, hooks, errors, Handler classes
-    10. Test client             requests without a server
+    9. Templates                text with Python in it, to HTML
+    10. App                     routes, hooks, errors, Handler classes
+    11. Test client             requests without a server
   III. The world
-    11. Event loop              one loop, handed over when user code blocks
-    12. Server connection       HTTP on the loop
-    13. Workers                 master and worker processes, Server, run()
-    14. Default app and command line
+    12. Event loop              one loop, handed over when user code blocks
+    13. Server connection       HTTP on the loop
+    14. Workers                 master and worker processes, Server, run()
+    15. Default app and command line
 
 ONE REQUEST (-> calls)
 
@@ -1967,7 +1968,9 @@ def converters_of(parts: list) -> List[Tuple[str, Callable]]:
     return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
 
 
-# === 9. App ===================================================================
+# === 9. Templates =============================================================
+
+# === 10. App ==================================================================
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
 # _cast (what was returned to bytes) -> start_response.
@@ -2565,7 +2568,7 @@ ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 ESCAPES.update({ord('"'): '\\"', ord("\\"): "\\\\"})
 
 
-# === 10. Test client ==========================================================
+# === 11. Test client ==========================================================
 # Requests to an application in this process: no socket, no server, cookies kept.
 
 class Answer:
@@ -2681,7 +2684,7 @@ class TestClient:
             self.cookies[name] = value
 
 
-# === 11. Event loop ===========================================================
+# === 12. Event loop ===========================================================
 # One loop, which changes threads when user code blocks. Three things have owners, and each changes
 # hands by one atomic container operation, never by a flag and a check:
 #   the loop       one ticket. In the hand of the thread that runs the loop, or on that thread's own
@@ -3384,7 +3387,7 @@ class Loop:
         self.bell.wake()
 
 
-# === 12. Server connection ====================================================
+# === 13. Server connection ====================================================
 # HTTP on the loop: a head is read and parsed, its body collected, the application called, the
 # answer sent. What the socket does not take of bytes or of a file waits in the loop; an iterator
 # that is not done leaves the loop together with its thread, since what it holds may be bound to it.
@@ -4445,7 +4448,7 @@ class LogStream:
         pass
 
 
-# === 13. Workers ==============================================================
+# === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target and asks the master, over its own pair of sockets (the link), for settings and
 # listeners; it sends what run() was given, and the master adds what the command line says. Counts
@@ -5142,7 +5145,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
     return None
 
 
-# === 14. Default app and command line =========================================
+# === 15. Default app and command line =========================================
 # The module-level shortcuts of Bottle, and `python minibottle.py module:name`.
 
 class AppStack(list):
