@@ -256,6 +256,16 @@ def parse_setting(name: str, value: Any) -> object:
 
 SETTING_DEFAULTS = {name: default for name, default, _ in SETTINGS}
 DEFAULTS = Settings()
+DEBUG = False  # read at each use
+
+
+def debug(mode: bool = True) -> None:
+    """For development: templates are read again each time, and warnings are shown."""
+    global DEBUG
+    DEBUG = bool(mode)
+    if DEBUG:
+        import warnings
+        warnings.simplefilter("default")
 
 
 # === 2. Text and dates ========================================================
@@ -1969,6 +1979,295 @@ def converters_of(parts: list) -> List[Tuple[str, Callable]]:
 
 
 # === 9. Templates =============================================================
+# Bottle's template language: text, {{expression}}, and Python on lines after %. A template becomes
+# Python with the same line breaks, so that a traceback names the template's own line. Running it,
+# with the variables as its globals, adds pieces of text to a list.
+
+TEMPLATE_PATH = ["./", "./views/"]
+TEMPLATES: Dict[tuple, BaseTemplate] = {}  # what template() has compiled
+MAX_TEMPLATES = 1000                       # a source made for each request must not pile up here
+STPL_SYNTAX = "<% %> % {{ }}"              # a block of code: begin, end; a line; {{expression}}
+STPL_OPENS = ("if", "for", "while", "with", "try", "def", "class", "async")
+STPL_CONTINUES = ("elif", "else", "except", "finally")
+STPL_STRING = r"""'(?:[^\\'\n]|\\(?:.|\n))*'|"(?:[^\\"\n]|\\(?:.|\n))*\""""
+STPL_CODE = r"""(?mx)
+     (?P<string> '''(?:[^\\]|\\(?:.|\n))*?''' | \"""(?:[^\\]|\\(?:.|\n))*?\""" | %s )
+    |(?P<comment> \#.*? (?=%s[ \t]*\r?$|\r?$) )
+    |(?P<stop> %s[ \t]*(?:\r?\n|\Z) )
+    |(?P<open> [\[({] ) |(?P<close> [\])}] ) |(?P<semicolon> ; )
+    |(?P<newline> \r?\n ) |(?P<joined> \\\r?\n ) |(?P<code> \w+|[ \t]+|. )"""
+
+
+class TemplateError(BottleException):
+    """A template is not found, or cannot be read."""
+
+
+class StplSyntaxError(TemplateError):
+    """The blocks of a template do not fit. (What is wrong with its Python is a SyntaxError.)"""
+
+
+class StplParser:
+    """The source of a template, to be translated once."""
+
+    def __init__(self, source: str, syntax: Optional[str] = None, name: str = "template") -> None:
+        self.source = source
+        self.name = name                # for messages
+        begin, end, line, left, right = map(re.escape, (syntax or STPL_SYNTAX).split())
+        self.starts = re.compile(rf"(?m)^([ \t]*)(\\?)({line}|({begin}))|\Z")
+        self.line = re.compile(STPL_CODE % (STPL_STRING, "(?!)", "(?!)"))
+        self.block = re.compile(STPL_CODE % (STPL_STRING, end, end))
+        self.inline = re.compile(rf"{left}((?:{STPL_STRING}|[^'\"\n])*?){right}")
+        self.out: List[str] = []        # Python, as many lines as have been read
+        self.statement: List[str] = []  # tokens of the one at hand
+        self.brackets = 0               # that it has open
+        self.row: List[str] = []        # statements of its line
+        self.blocks: List[str] = []     # the words that opened them: ["for", "match", "case"]
+
+    def translate(self) -> str:
+        r"""To Python: "% if x:\n<b>{{x}}" -> "if x:\n  _printlist(('<b>',_escape(x),))"."""
+        text, start = "", 0
+        while True:
+            found: Any = self.starts.search(self.source, start)
+            text += self.source[start:found.start()]
+            start = found.end()
+            if found[2]:  # \% is text
+                text += found[1] + found[3]
+                continue
+            if self.statement and (text or not found[3]):  # it has no end: Python will say so
+                self.end_row()
+            self.write_text(text)
+            text = ""
+            if not found[3]:
+                return "".join(self.out)
+            start = self.read_code(start, self.block if found[4] else self.line)
+
+    def write_text(self, text: str) -> None:
+        """Write text as one call, in which each expression stays on its line."""
+        code = ""
+        for i, part in enumerate(self.inline.split(re.sub(r"\\\\\r?\n\Z", "", text))):
+            if i % 2 == 0:
+                code += (f"{part!r}," if part else "") + "\n" * part.count("\n")
+            else:
+                value = part.strip()
+                code += f"_str({value[1:]})," if value[:1] == "!" else f"_escape({value}),"
+        if self.blocks[-1:] == ["match"] and text.isspace():  # where Python has nothing but case
+            code = ""
+        if code:
+            code = "  " * len(self.blocks) + "_printlist((" + code.rstrip("\n") + "))"
+        self.out.append(code + "\n" * (text.count("\n") - code.count("\n")))
+
+    def read_code(self, start: int, tokens: Pattern) -> int:
+        """Python from there to the end of its line, or of the block: returns where that is."""
+        kind = ""
+        while kind != "stop" and (tokens is self.block or kind not in ("newline", "joined")):
+            found = tokens.match(self.source, start)
+            kind, start = (found.lastgroup, found.end()) if found else ("stop", start)
+            self.brackets += (kind == "open") - (kind == "close")
+            if kind == "stop" or kind == "newline" and self.brackets <= 0:
+                self.end_row()
+            elif kind == "semicolon" and self.brackets <= 0:
+                self.end_statement()
+            elif found and kind != "comment":
+                self.statement.append(found[0])
+        return start
+
+    def end_row(self) -> None:
+        self.end_statement()
+        self.out.append("; ".join(self.row) + "\n")
+        self.row.clear()
+
+    def end_statement(self) -> None:
+        """Add it to its row, indented by the blocks around it, whatever its own indentation."""
+        code = "".join(self.statement).strip()
+        self.statement.clear()
+        self.brackets = 0
+        word = re.split(r"\W", code, 1)[0]
+        top = self.blocks[-1] if self.blocks else ""
+        indent = len(self.blocks)
+        if code == "end" or word in STPL_CONTINUES or word == top == "case":
+            indent -= 1
+            if indent < 0:
+                line = "".join(self.out + self.row).count("\n") + 1
+                raise StplSyntaxError(f"{self.name}, line {line}: `{word}` without a block")
+        elif (word in STPL_OPENS or word == "match" and code[-1] == ":"
+              or word == "case" and top == "match"):
+            self.blocks.append(word)
+        if code == "end":
+            del self.blocks[-2 if top == "case" else -1:]
+            code = ""  # after others: nothing may follow, and Python refuses "a; ; b"
+        if code or self.row:
+            self.row.append(code if self.row else "  " * indent + code)
+
+
+class BaseTemplate:
+    """What all template languages share; each brings prepare(**settings) and render()."""
+
+    extensions = ["tpl", "html", "thtml", "stpl"]
+    settings: Dict[str, Any] = {}  # for prepare(), of all templates of this class
+    defaults: Dict[str, Any] = {}  # variables of all templates
+    prepare: Callable[..., None]
+    render: Callable[..., str]
+
+    def __init__(self, source: Any = None, name: Optional[str] = None,
+                 lookup: Optional[Iterable[str]] = None, encoding: str = "utf8",
+                 **settings: Any) -> None:
+        """From a source (str, bytes or file), or from the file `name` in a `lookup` directory."""
+        self.name = name
+        self.source = source.read() if hasattr(source, "read") else source
+        if isinstance(self.source, bytes):
+            self.source = self.source.decode(encoding)
+        self.lookup = [os.path.abspath(path) for path in lookup or ()]
+        self.encoding = encoding
+        self.settings = {**self.settings, **settings}
+        self.filename = self.search(name, self.lookup) if self.source is None and name else None
+        if self.source is None and self.filename is None:
+            raise TemplateError(f"template {name!r} is not in {self.lookup}")
+        self.prepare(**self.settings)
+
+    @classmethod
+    def search(cls, name: str, lookup: Iterable[str] = ()) -> Optional[str]:
+        """The path of the file `name`, or `name`.tpl..., in the first directory that has it."""
+        for directory in lookup:
+            root = os.path.join(os.path.abspath(directory), "")
+            path = os.path.abspath(os.path.join(root, name))
+            for end in ("", *("." + extension for extension in cls.extensions)):
+                if path.startswith(root) and os.path.isfile(path + end):  # ../ leads nowhere
+                    return path + end
+        return None
+
+    @classmethod
+    def global_config(cls, key: str, *value: Any) -> Any:
+        """A setting of all templates of this class; with a value, set it."""
+        if value:
+            cls.settings = {**cls.settings, key: value[0]}
+        return cls.settings[key]
+
+    def read(self, path: str) -> str:
+        with open(path, encoding=self.encoding, newline="") as file:
+            try:
+                return file.read()
+            except UnicodeDecodeError as error:
+                raise TemplateError(f"{path}: {error}") from error
+
+
+class SimpleTemplate(BaseTemplate):
+    """Bottle's own template language: SimpleTemplate("{{x}}").render(x="<") -> "&lt;"."""
+
+    def prepare(self, escape_func: Callable[[str], str] = html_escape, noescape: bool = False,
+                syntax: Optional[str] = None, **settings: Any) -> None:
+        def text(value: Any) -> str:
+            if value is None:
+                return ""
+            return value.decode(self.encoding) if isinstance(value, bytes) else str(value)
+
+        def escape(value: Any) -> str:
+            return escape_func(value if type(value) is str else text(value))
+
+        self._str, self._escape = (escape, text) if noescape else (text, escape)
+        self.syntax = syntax
+        self.included: Dict[str, SimpleTemplate] = {}
+        name = self.filename or f"<{self.name or 'template'}>"
+        source = self.read(self.filename) if self.filename else self.source
+        self.code = StplParser(source, syntax, name).translate()
+        self.co = compile(self.code, name, "exec", dont_inherit=True)
+
+    def execute(self, out: List[str], *dicts: Mapping) -> Dict[str, Any]:
+        """Add the pieces of text to `out`; returns the variables."""
+        env = merge(self.defaults, *dicts)
+        env.update(
+            _stdout=out, _printlist=out.extend, _str=self._str, _escape=self._escape, _rebase=None,
+            include=partial(self._include, env), rebase=partial(self._rebase, env),
+            get=env.get, setdefault=env.setdefault, defined=env.__contains__)
+        start = len(out)
+        exec(self.co, env)
+        if not env["_rebase"]:
+            return env
+        name, given = env["_rebase"]
+        given["base"] = "".join(out[start:])
+        del out[start:]
+        return self._include(env, name, **given)
+
+    def _include(self, env: Dict[str, Any], name: str, /, **given: Any) -> Dict[str, Any]:
+        found = self.included.get(name)
+        if found is None:
+            found = self.included[name] = type(self)(
+                name=name, lookup=self.lookup, encoding=self.encoding, syntax=self.syntax)
+            found.included = self.included  # one that includes itself is compiled once
+        return found.execute(env["_stdout"], env, given)
+
+    def _rebase(self, env: Dict[str, Any], name: str, /, **given: Any) -> None:
+        env["_rebase"] = name, given
+
+    def render(self, /, *dicts: Mapping, **variables: Any) -> str:
+        """The text, with these variables. Several threads may render one template."""
+        out: List[str] = []
+        self.execute(out, *dicts, variables)
+        return "".join(out)
+
+
+class Jinja2Template(BaseTemplate):
+    """A template of the package jinja2; settings are those of its Environment."""
+
+    def prepare(self, filters: Mapping = {}, tests: Mapping = {}, globals: Mapping = {},
+                **settings: Any) -> None:
+        jinja2 = import_module("jinja2")
+        self.env = jinja2.Environment(loader=jinja2.FunctionLoader(self.load), **settings)
+        self.env.filters.update(filters)
+        self.env.tests.update(tests)
+        self.env.globals.update(globals)
+        self.tpl = (self.env.get_template(self.name) if self.source is None
+                    else self.env.from_string(self.source))
+
+    def load(self, name: str) -> Optional[Tuple[str, str, Callable]]:
+        path = self.search(name, self.lookup)
+        return (self.read(path), path, lambda: not DEBUG) if path else None
+
+    def render(self, /, *dicts: Mapping, **variables: Any) -> str:
+        return self.tpl.render(merge(self.defaults, *dicts, variables))
+
+
+def merge(*dicts: Mapping) -> Dict[str, Any]:
+    """({"a": 1}, {"a": 2}) -> {"a": 2}."""
+    merged: Dict[str, Any] = {}
+    for given in dicts:
+        merged.update(given)
+    return merged
+
+
+def template(source: Any, /, *dicts: Mapping, template_adapter: Callable = SimpleTemplate,
+             template_lookup: Optional[Iterable[str]] = None,
+             template_settings: Optional[Dict[str, Any]] = None, **variables: Any) -> str:
+    r"""Render a template, by its name or source (what has {, %, $ or \n), with these variables."""
+    if isinstance(source, BaseTemplate):
+        return source.render(variables, *dicts)
+    lookup = TEMPLATE_PATH if template_lookup is None else template_lookup
+    key = (template_adapter, source, tuple(lookup), repr(template_settings))
+    found = None if DEBUG else TEMPLATES.get(key)
+    if found is None:
+        kind = "source" if set("\n{%$") & set(source) else "name"
+        found = template_adapter(**{kind: source}, lookup=lookup, **(template_settings or {}))
+        if len(TEMPLATES) >= MAX_TEMPLATES:
+            TEMPLATES.clear()
+        TEMPLATES[key] = found
+    return found.render(variables, *dicts)
+
+
+def view(name: str, /, **defaults: Any) -> Callable:
+    """Decorate a function: the dict that it returns, or None, is rendered with this template."""
+    def decorator(func: Callable) -> Callable:
+        @wraps(func)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = func(*args, **kwargs)
+            if result is None or isinstance(result, Mapping):
+                return template(name, result or {}, **defaults)
+            return result
+        return wrapper
+    return decorator
+
+
+jinja2_template = partial(template, template_adapter=Jinja2Template)
+jinja2_view = partial(view, template_adapter=Jinja2Template)
+
 
 # === 10. App ==================================================================
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
