@@ -311,8 +311,10 @@ def http_date(value: Any) -> str:
 
 def html_escape(text: str) -> str:
     """Make text safe in HTML, also in a quoted attribute: "<a>" -> "&lt;a&gt;"."""
-    return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-            .replace('"', "&quot;").replace("'", "&#039;"))
+    if "&" in text or "<" in text or ">" in text or '"' in text or "'" in text:
+        return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+                .replace('"', "&quot;").replace("'", "&#039;"))
+    return text  # FAST: most has none of them, and "in" costs half of "replace"
 
 
 def json_default(value: object) -> object:
@@ -2013,71 +2015,67 @@ class StplParser:
         self.source = source
         self.name = name                # for messages
         begin, end, line, left, right = map(re.escape, (syntax or STPL_SYNTAX).split())
-        self.starts = re.compile(rf"(?m)^([ \t]*)(\\?)({line}|({begin}))|\Z")
+        self.starts = re.compile(rf"(?m)^[ \t]*(?:{line}|({begin}))|\Z")
+        self.escaped = re.compile(rf"(?m)^([ \t]*)\\({line}|{begin})")
         self.line = re.compile(STPL_CODE % (STPL_STRING, "(?!)", "(?!)"))
         self.block = re.compile(STPL_CODE % (STPL_STRING, end, end))
         self.inline = re.compile(rf"{left}((?:{STPL_STRING}|[^'\"\n])*?){right}")
         self.out: List[str] = []        # Python, as many lines as have been read
         self.statement: List[str] = []  # tokens of the one at hand
         self.brackets = 0               # that it has open
-        self.row: List[str] = []        # statements of its line
+        self.follows = False            # another one, on its line
         self.blocks: List[str] = []     # the words that opened them: ["for", "match", "case"]
 
     def translate(self) -> str:
         r"""To Python: "% if x:\n<b>{{x}}" -> "if x:\n  _printlist(('<b>',_escape(x),))"."""
-        text, start = "", 0
-        while True:
+        start, at_end = 0, False
+        while not at_end:
             found: Any = self.starts.search(self.source, start)
-            text += self.source[start:found.start()]
-            start = found.end()
-            if found[2]:  # \% is text
-                text += found[1] + found[3]
-                continue
-            if self.statement and (text or not found[3]):  # it has no end: Python will say so
-                self.end_row()
+            text, at_end = self.source[start:found.start()], found.end() == len(self.source)
+            if text and self.statement:  # it has no end, as Python will say
+                self.end_line()
             self.write_text(text)
-            text = ""
-            if not found[3]:
-                return "".join(self.out)
-            start = self.read_code(start, self.block if found[4] else self.line)
+            start = self.read_code(found.end(), self.block if found[1] else self.line)
+        return "".join(self.out)
 
     def write_text(self, text: str) -> None:
         """Write text as one call, in which each expression stays on its line."""
-        code = ""
-        for i, part in enumerate(self.inline.split(re.sub(r"\\\\\r?\n\Z", "", text))):
-            if i % 2 == 0:
-                code += (f"{part!r}," if part else "") + "\n" * part.count("\n")
-            else:
-                value = part.strip()
-                code += f"_str({value[1:]})," if value[:1] == "!" else f"_escape({value}),"
+        shown = re.sub(r"\\\\\r?\n\Z", "", self.escaped.sub(r"\1\2", text))
         if self.blocks[-1:] == ["match"] and text.isspace():  # where Python has nothing but case
-            code = ""
+            shown = ""
+        code = ""
+        for i, part in enumerate(self.inline.split(shown)):
+            value = part.strip()
+            if i % 2:
+                code += f"_str({value[1:]})," if value[:1] == "!" else f"_escape({value}),"
+            elif part:
+                code += f"{part!r}," + "\n" * part.count("\n")
         if code:
             code = "  " * len(self.blocks) + "_printlist((" + code.rstrip("\n") + "))"
         self.out.append(code + "\n" * (text.count("\n") - code.count("\n")))
 
     def read_code(self, start: int, tokens: Pattern) -> int:
-        """Python from there to the end of its line, or of the block: returns where that is."""
+        """Write the Python up to the end of its line, or of the block; returns where that is."""
         kind = ""
         while kind != "stop" and (tokens is self.block or kind not in ("newline", "joined")):
             found = tokens.match(self.source, start)
             kind, start = (found.lastgroup, found.end()) if found else ("stop", start)
             self.brackets += (kind == "open") - (kind == "close")
             if kind == "stop" or kind == "newline" and self.brackets <= 0:
-                self.end_row()
+                self.end_line()
             elif kind == "semicolon" and self.brackets <= 0:
                 self.end_statement()
             elif found and kind != "comment":
                 self.statement.append(found[0])
         return start
 
-    def end_row(self) -> None:
+    def end_line(self) -> None:
         self.end_statement()
-        self.out.append("; ".join(self.row) + "\n")
-        self.row.clear()
+        self.out.append("\n")
+        self.follows = False
 
     def end_statement(self) -> None:
-        """Add it to its row, indented by the blocks around it, whatever its own indentation."""
+        """Write it, indented by the blocks around it, whatever its own indentation was."""
         code = "".join(self.statement).strip()
         self.statement.clear()
         self.brackets = 0
@@ -2087,40 +2085,40 @@ class StplParser:
         if code == "end" or word in STPL_CONTINUES or word == top == "case":
             indent -= 1
             if indent < 0:
-                line = "".join(self.out + self.row).count("\n") + 1
+                line = "".join(self.out).count("\n") + 1
                 raise StplSyntaxError(f"{self.name}, line {line}: `{word}` without a block")
         elif (word in STPL_OPENS or word == "match" and code[-1] == ":"
               or word == "case" and top == "match"):
             self.blocks.append(word)
         if code == "end":
             del self.blocks[-2 if top == "case" else -1:]
-            code = ""  # after others: nothing may follow, and Python refuses "a; ; b"
-        if code or self.row:
-            self.row.append(code if self.row else "  " * indent + code)
+            code = ""  # and if it follows another, none follows it: Python refuses "a; ; b"
+        if code or self.follows:
+            self.out.append("; " + code if self.follows else "  " * indent + code)
+            self.follows = True
 
 
 class BaseTemplate:
-    """What all template languages share; each brings prepare(**settings) and render()."""
+    """What all template languages share. Each brings prepare(**settings), and run(variables)."""
 
     extensions = ["tpl", "html", "thtml", "stpl"]
     settings: Dict[str, Any] = {}  # for prepare(), of all templates of this class
     defaults: Dict[str, Any] = {}  # variables of all templates
-    prepare: Callable[..., None]
-    render: Callable[..., str]
+    prepare: Callable
+    run: Callable
 
     def __init__(self, source: Any = None, name: Optional[str] = None,
                  lookup: Optional[Iterable[str]] = None, encoding: str = "utf8",
                  **settings: Any) -> None:
         """From a source (str, bytes or file), or from the file `name` in a `lookup` directory."""
+        source = source.read() if hasattr(source, "read") else source
+        self.source = source.decode(encoding) if isinstance(source, bytes) else source
         self.name = name
-        self.source = source.read() if hasattr(source, "read") else source
-        if isinstance(self.source, bytes):
-            self.source = self.source.decode(encoding)
         self.lookup = [os.path.abspath(path) for path in lookup or ()]
         self.encoding = encoding
         self.settings = {**self.settings, **settings}
-        self.filename = self.search(name, self.lookup) if self.source is None and name else None
-        if self.source is None and self.filename is None:
+        self.filename = self.search(name, self.lookup) if source is None and name else None
+        if source is None and not self.filename:
             raise TemplateError(f"template {name!r} is not in {self.lookup}")
         self.prepare(**self.settings)
 
@@ -2131,7 +2129,7 @@ class BaseTemplate:
             root = os.path.join(os.path.abspath(directory), "")
             path = os.path.abspath(os.path.join(root, name))
             for end in ("", *("." + extension for extension in cls.extensions)):
-                if path.startswith(root) and os.path.isfile(path + end):  # ../ leads nowhere
+                if path.startswith(root) and os.path.isfile(path + end):  # no ../ leads out
                     return path + end
         return None
 
@@ -2149,11 +2147,18 @@ class BaseTemplate:
             except UnicodeDecodeError as error:
                 raise TemplateError(f"{path}: {error}") from error
 
+    def render(self, /, *dicts: Mapping, **variables: Any) -> str:
+        """The text, with these variables. Several threads may render one template."""
+        merged = self.defaults.copy()
+        for given in (*dicts, variables):
+            merged.update(given)
+        return self.run(merged)
+
 
 class SimpleTemplate(BaseTemplate):
     """Bottle's own template language: SimpleTemplate("{{x}}").render(x="<") -> "&lt;"."""
 
-    def prepare(self, escape_func: Callable[[str], str] = html_escape, noescape: bool = False,
+    def prepare(self, escape_func: Callable = html_escape, noescape: bool = False,
                 syntax: Optional[str] = None, **settings: Any) -> None:
         def text(value: Any) -> str:
             if value is None:
@@ -2164,16 +2169,19 @@ class SimpleTemplate(BaseTemplate):
             return escape_func(value if type(value) is str else text(value))
 
         self._str, self._escape = (escape, text) if noescape else (text, escape)
-        self.syntax = syntax
         self.included: Dict[str, SimpleTemplate] = {}
         name = self.filename or f"<{self.name or 'template'}>"
         source = self.read(self.filename) if self.filename else self.source
         self.code = StplParser(source, syntax, name).translate()
         self.co = compile(self.code, name, "exec", dont_inherit=True)
 
-    def execute(self, out: List[str], *dicts: Mapping) -> Dict[str, Any]:
-        """Add the pieces of text to `out`; returns the variables."""
-        env = merge(self.defaults, *dicts)
+    def run(self, variables: Dict[str, Any]) -> str:
+        out: List[str] = []
+        self.execute(out, variables)
+        return "".join(out)
+
+    def execute(self, out: List[str], env: Dict[str, Any]) -> Dict[str, Any]:
+        """Add the pieces of text to `out`; returns the variables as they are then."""
         env.update(
             _stdout=out, _printlist=out.extend, _str=self._str, _escape=self._escape, _rebase=None,
             include=partial(self._include, env), rebase=partial(self._rebase, env),
@@ -2191,18 +2199,12 @@ class SimpleTemplate(BaseTemplate):
         found = self.included.get(name)
         if found is None:
             found = self.included[name] = type(self)(
-                name=name, lookup=self.lookup, encoding=self.encoding, syntax=self.syntax)
+                None, name, self.lookup, self.encoding, syntax=self.settings.get("syntax"))
             found.included = self.included  # one that includes itself is compiled once
-        return found.execute(env["_stdout"], env, given)
+        return found.execute(env["_stdout"], {**env, **given})
 
     def _rebase(self, env: Dict[str, Any], name: str, /, **given: Any) -> None:
         env["_rebase"] = name, given
-
-    def render(self, /, *dicts: Mapping, **variables: Any) -> str:
-        """The text, with these variables. Several threads may render one template."""
-        out: List[str] = []
-        self.execute(out, *dicts, variables)
-        return "".join(out)
 
 
 class Jinja2Template(BaseTemplate):
@@ -2217,21 +2219,11 @@ class Jinja2Template(BaseTemplate):
         self.env.globals.update(globals)
         self.tpl = (self.env.get_template(self.name) if self.source is None
                     else self.env.from_string(self.source))
+        self.run = self.tpl.render
 
     def load(self, name: str) -> Optional[Tuple[str, str, Callable]]:
         path = self.search(name, self.lookup)
         return (self.read(path), path, lambda: not DEBUG) if path else None
-
-    def render(self, /, *dicts: Mapping, **variables: Any) -> str:
-        return self.tpl.render(merge(self.defaults, *dicts, variables))
-
-
-def merge(*dicts: Mapping) -> Dict[str, Any]:
-    """({"a": 1}, {"a": 2}) -> {"a": 2}."""
-    merged: Dict[str, Any] = {}
-    for given in dicts:
-        merged.update(given)
-    return merged
 
 
 def template(source: Any, /, *dicts: Mapping, template_adapter: Callable = SimpleTemplate,
