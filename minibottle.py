@@ -1987,15 +1987,11 @@ def converters_of(parts: list) -> List[Tuple[str, Callable]]:
 
 TEMPLATE_PATH = ["./", "./views/"]
 TEMPLATES: Dict[tuple, BaseTemplate] = {}  # what template() has compiled
-MAX_TEMPLATES = 1000                       # a source made for each request must not pile up here
 STPL_SYNTAX = "<% %> % {{ }}"              # a block of code: begin, end; a line; {{expression}}
 STPL_OPENS = ("if", "for", "while", "with", "try", "def", "class", "async")
 STPL_CONTINUES = ("elif", "else", "except", "finally")
-STPL_STRING = r"""'(?:[^\\'\n]|\\(?:.|\n))*'|"(?:[^\\"\n]|\\(?:.|\n))*\""""
-STPL_CODE = r"""(?mx)
-     (?P<string> '''(?:[^\\]|\\(?:.|\n))*?''' | \"""(?:[^\\]|\\(?:.|\n))*?\""" | %s )
-    |(?P<comment> \#.*? (?=%s[ \t]*\r?$|\r?$) )
-    |(?P<stop> %s[ \t]*(?:\r?\n|\Z) )
+STPL_CODE = r"""(?mx) (?P<string> (?P<quote> '''|\"""|'|") (?:\\[\s\S]|[^\\])*? (?P=quote) )
+    |(?P<comment> \#.*? (?=%s[ \t]*\r?$|\r?$) ) |(?P<stop> %s[ \t]*(?:\r?\n|\Z) )
     |(?P<open> [\[({] ) |(?P<close> [\])}] ) |(?P<semicolon> ; )
     |(?P<newline> \r?\n ) |(?P<joined> \\\r?\n ) |(?P<code> \w+|[ \t]+|. )"""
 
@@ -2017,9 +2013,10 @@ class StplParser:
         begin, end, line, left, right = map(re.escape, (syntax or STPL_SYNTAX).split())
         self.starts = re.compile(rf"(?m)^[ \t]*(?:{line}|({begin}))|\Z")
         self.escaped = re.compile(rf"(?m)^([ \t]*)\\({line}|{begin})")
-        self.line = re.compile(STPL_CODE % (STPL_STRING, "(?!)", "(?!)"))
-        self.block = re.compile(STPL_CODE % (STPL_STRING, end, end))
-        self.inline = re.compile(rf"{left}((?:{STPL_STRING}|[^'\"\n])*?){right}")
+        self.line = re.compile(STPL_CODE % ("(?!)", "(?!)"))
+        self.block = re.compile(STPL_CODE % (end, end))
+        self.inline = re.compile(
+            left + r"""((?:'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*"|[^'"\n])*?)""" + right)
         self.out: List[str] = []        # Python, as many lines as have been read
         self.statement: List[str] = []  # tokens of the one at hand
         self.brackets = 0               # that it has open
@@ -2032,8 +2029,8 @@ class StplParser:
         while not at_end:
             found: Any = self.starts.search(self.source, start)
             text, at_end = self.source[start:found.start()], found.end() == len(self.source)
-            if text and self.statement:  # it has no end, as Python will say
-                self.end_line()
+            if text and self.statement:
+                raise self.error("text where a line of code goes on")
             self.write_text(text)
             start = self.read_code(found.end(), self.block if found[1] else self.line)
         return "".join(self.out)
@@ -2041,7 +2038,7 @@ class StplParser:
     def write_text(self, text: str) -> None:
         """Write text as one call, in which each expression stays on its line."""
         shown = re.sub(r"\\\\\r?\n\Z", "", self.escaped.sub(r"\1\2", text))
-        if self.blocks[-1:] == ["match"] and text.isspace():  # where Python has nothing but case
+        if text.isspace() and self.blocks[-1:] == ["match"]:  # where Python has nothing but case
             shown = ""
         code = ""
         for i, part in enumerate(self.inline.split(shown)):
@@ -2056,7 +2053,7 @@ class StplParser:
 
     def read_code(self, start: int, tokens: Pattern) -> int:
         """Write the Python up to the end of its line, or of the block; returns where that is."""
-        kind = ""
+        kind: Optional[str] = None
         while kind != "stop" and (tokens is self.block or kind not in ("newline", "joined")):
             found = tokens.match(self.source, start)
             kind, start = (found.lastgroup, found.end()) if found else ("stop", start)
@@ -2076,19 +2073,16 @@ class StplParser:
 
     def end_statement(self) -> None:
         """Write it, indented by the blocks around it, whatever its own indentation was."""
-        code = "".join(self.statement).strip()
-        self.statement.clear()
-        self.brackets = 0
-        word = re.split(r"\W", code, 1)[0]
+        code, self.statement, self.brackets = "".join(self.statement).strip(), [], 0
+        word = re.split(r"\W", code, maxsplit=1)[0]
         top = self.blocks[-1] if self.blocks else ""
         indent = len(self.blocks)
         if code == "end" or word in STPL_CONTINUES or word == top == "case":
             indent -= 1
             if indent < 0:
-                line = "".join(self.out).count("\n") + 1
-                raise StplSyntaxError(f"{self.name}, line {line}: `{word}` without a block")
-        elif (word in STPL_OPENS or word == "match" and code[-1] == ":"
-              or word == "case" and top == "match"):
+                raise self.error(f"`{word}` without a block")
+        elif word in STPL_OPENS or (word == "match" and code[-1] == ":") or \
+                (word == "case" and top == "match"):
             self.blocks.append(word)
         if code == "end":
             del self.blocks[-2 if top == "case" else -1:]
@@ -2097,27 +2091,30 @@ class StplParser:
             self.out.append("; " + code if self.follows else "  " * indent + code)
             self.follows = True
 
+    def error(self, message: str) -> StplSyntaxError:
+        line = "".join(self.out).count("\n") + 1
+        return StplSyntaxError(f"{self.name}, line {line}: {message}")
+
 
 class BaseTemplate:
-    """What all template languages share. Each brings prepare(**settings), and run(variables)."""
+    """What all template languages share. Each brings prepare(**settings) and execute(out, env)."""
 
     extensions = ["tpl", "html", "thtml", "stpl"]
     settings: Dict[str, Any] = {}  # for prepare(), of all templates of this class
     defaults: Dict[str, Any] = {}  # variables of all templates
     prepare: Callable
-    run: Callable
+    execute: Callable
 
-    def __init__(self, source: Any = None, name: Optional[str] = None,
-                 lookup: Optional[Iterable[str]] = None, encoding: str = "utf8",
-                 **settings: Any) -> None:
+    def __init__(self, source: Any = None, name: str = "", lookup: Iterable[str] = (),
+                 encoding: str = "utf8", **settings: Any) -> None:
         """From a source (str, bytes or file), or from the file `name` in a `lookup` directory."""
         source = source.read() if hasattr(source, "read") else source
         self.source = source.decode(encoding) if isinstance(source, bytes) else source
         self.name = name
-        self.lookup = [os.path.abspath(path) for path in lookup or ()]
+        self.lookup = [os.path.abspath(path) for path in lookup]
         self.encoding = encoding
         self.settings = {**self.settings, **settings}
-        self.filename = self.search(name, self.lookup) if source is None and name else None
+        self.filename = self.search(name, self.lookup) if source is None else None
         if source is None and not self.filename:
             raise TemplateError(f"template {name!r} is not in {self.lookup}")
         self.prepare(**self.settings)
@@ -2149,10 +2146,12 @@ class BaseTemplate:
 
     def render(self, /, *dicts: Mapping, **variables: Any) -> str:
         """The text, with these variables. Several threads may render one template."""
-        merged = self.defaults.copy()
+        env = self.defaults.copy()
+        out: List[str] = []
         for given in (*dicts, variables):
-            merged.update(given)
-        return self.run(merged)
+            env.update(given)
+        self.execute(out, env)
+        return "".join(out)
 
 
 class SimpleTemplate(BaseTemplate):
@@ -2170,15 +2169,10 @@ class SimpleTemplate(BaseTemplate):
 
         self._str, self._escape = (escape, text) if noescape else (text, escape)
         self.included: Dict[str, SimpleTemplate] = {}
-        name = self.filename or f"<{self.name or 'template'}>"
+        name = self.filename or "<template>"
         source = self.read(self.filename) if self.filename else self.source
         self.code = StplParser(source, syntax, name).translate()
         self.co = compile(self.code, name, "exec", dont_inherit=True)
-
-    def run(self, variables: Dict[str, Any]) -> str:
-        out: List[str] = []
-        self.execute(out, variables)
-        return "".join(out)
 
     def execute(self, out: List[str], env: Dict[str, Any]) -> Dict[str, Any]:
         """Add the pieces of text to `out`; returns the variables as they are then."""
@@ -2219,26 +2213,28 @@ class Jinja2Template(BaseTemplate):
         self.env.globals.update(globals)
         self.tpl = (self.env.get_template(self.name) if self.source is None
                     else self.env.from_string(self.source))
-        self.run = self.tpl.render
 
     def load(self, name: str) -> Optional[Tuple[str, str, Callable]]:
         path = self.search(name, self.lookup)
         return (self.read(path), path, lambda: not DEBUG) if path else None
 
+    def execute(self, out: List[str], env: Dict[str, Any]) -> None:
+        out.append(self.tpl.render(env))
+
 
 def template(source: Any, /, *dicts: Mapping, template_adapter: Callable = SimpleTemplate,
-             template_lookup: Optional[Iterable[str]] = None,
-             template_settings: Optional[Dict[str, Any]] = None, **variables: Any) -> str:
+             template_lookup: Iterable[str] = (), template_settings: Mapping = {},
+             **variables: Any) -> str:
     r"""Render a template, by its name or source (what has {, %, $ or \n), with these variables."""
     if isinstance(source, BaseTemplate):
         return source.render(variables, *dicts)
-    lookup = TEMPLATE_PATH if template_lookup is None else template_lookup
-    key = (template_adapter, source, tuple(lookup), repr(template_settings))
+    lookup = tuple(template_lookup or TEMPLATE_PATH)
+    key = (template_adapter, source, lookup, repr(template_settings))
     found = None if DEBUG else TEMPLATES.get(key)
     if found is None:
         kind = "source" if set("\n{%$") & set(source) else "name"
-        found = template_adapter(**{kind: source}, lookup=lookup, **(template_settings or {}))
-        if len(TEMPLATES) >= MAX_TEMPLATES:
+        found = template_adapter(**{kind: source}, lookup=lookup, **template_settings)
+        if len(TEMPLATES) >= 1000:  # sources that are made at run time must not pile up
             TEMPLATES.clear()
         TEMPLATES[key] = found
     return found.render(variables, *dicts)
