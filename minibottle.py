@@ -25,13 +25,14 @@ MAP (a section uses only names from sections above it; 1-5 are pure: no socket, 
     6. Request and Response     views of environ, and what will be sent
     7. Files and gzip           file_wrapper, compression for any WSGI application
     8. Router                   rules to targets, and URLs
-    9. App                      routes, hooks, errors, Handler classes
-    10. Test client             requests without a server
+    9. Templates                text with Python in it, to HTML
+    10. App                     routes, hooks, errors, Handler classes
+    11. Test client             requests without a server
   III. The world
-    11. Event loop              one loop, handed over when user code blocks
-    12. Server connection       HTTP on the loop
-    13. Workers                 master and worker processes, Server, run()
-    14. Default app and command line
+    12. Event loop              one loop, handed over when user code blocks
+    13. Server connection       HTTP on the loop
+    14. Workers                 master and worker processes, Server, run()
+    15. Default app and command line
 
 ONE REQUEST (-> calls)
 
@@ -255,6 +256,16 @@ def parse_setting(name: str, value: Any) -> object:
 
 SETTING_DEFAULTS = {name: default for name, default, _ in SETTINGS}
 DEFAULTS = Settings()
+DEBUG = False  # read at each use
+
+
+def debug(mode: bool = True) -> None:
+    """For development: templates are read again each time, and warnings are shown."""
+    global DEBUG
+    DEBUG = bool(mode)
+    if DEBUG:
+        import warnings
+        warnings.simplefilter("default")
 
 
 # === 2. Text and dates ========================================================
@@ -300,8 +311,10 @@ def http_date(value: Any) -> str:
 
 def html_escape(text: str) -> str:
     """Make text safe in HTML, also in a quoted attribute: "<a>" -> "&lt;a&gt;"."""
-    return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-            .replace('"', "&quot;").replace("'", "&#039;"))
+    if "&" in text or "<" in text or ">" in text or '"' in text or "'" in text:
+        return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+                .replace('"', "&quot;").replace("'", "&#039;"))
+    return text  # FAST: most has none of them, and "in" costs half of "replace"
 
 
 def json_default(value: object) -> object:
@@ -1967,7 +1980,284 @@ def converters_of(parts: list) -> List[Tuple[str, Callable]]:
     return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
 
 
-# === 9. App ===================================================================
+# === 9. Templates =============================================================
+# Bottle's template language: text, {{expression}}, and Python on lines after %. A template becomes
+# Python with the same line breaks, so that a traceback names the template's own line. Running it,
+# with the variables as its globals, adds pieces of text to a list.
+
+TEMPLATE_PATH = ["./", "./views/"]
+TEMPLATES: Dict[tuple, BaseTemplate] = {}  # what template() has compiled
+STPL_SYNTAX = "<% %> % {{ }}"              # a block of code: begin, end; a line; {{expression}}
+STPL_OPENS = ("if", "for", "while", "with", "try", "def", "class", "async")
+STPL_CONTINUES = ("elif", "else", "except", "finally")
+STPL_CODE = r"""(?mx) (?P<string> (?P<quote> '''|\"""|'|") (?:\\[\s\S]|[^\\])*? (?P=quote) )
+    |(?P<comment> \#.*? (?=%s[ \t]*\r?$|\r?$) ) |(?P<stop> %s[ \t]*(?:\r?\n|\Z) )
+    |(?P<open> [\[({] ) |(?P<close> [\])}] ) |(?P<semicolon> ; )
+    |(?P<newline> \r?\n ) |(?P<joined> \\\r?\n ) |(?P<code> \w+|[ \t]+|. )"""
+
+
+class TemplateError(BottleException):
+    """A template is not found, or cannot be read."""
+
+
+class StplSyntaxError(TemplateError):
+    """The blocks of a template do not fit. (What is wrong with its Python is a SyntaxError.)"""
+
+
+class StplParser:
+    """The source of a template, to be translated once."""
+
+    def __init__(self, source: str, syntax: Optional[str] = None, name: str = "template") -> None:
+        self.source = source
+        self.name = name                # for messages
+        begin, end, line, left, right = map(re.escape, (syntax or STPL_SYNTAX).split())
+        self.starts = re.compile(rf"(?m)^[ \t]*(?:{line}|({begin}))|\Z")
+        self.escaped = re.compile(rf"(?m)^([ \t]*)\\({line}|{begin})")
+        self.line = re.compile(STPL_CODE % ("(?!)", "(?!)"))
+        self.block = re.compile(STPL_CODE % (end, end))
+        self.inline = re.compile(
+            left + r"""((?:'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*"|[^'"\n])*?)""" + right)
+        self.out: List[str] = []        # Python, as many lines as have been read
+        self.statement: List[str] = []  # tokens of the one at hand
+        self.brackets = 0               # that it has open
+        self.follows = False            # another one, on its line
+        self.blocks: List[str] = []     # the words that opened them: ["for", "match", "case"]
+
+    def translate(self) -> str:
+        r"""To Python: "% if x:\n<b>{{x}}" -> "if x:\n  _printlist(('<b>',_escape(x),))"."""
+        start, at_end = 0, False
+        while not at_end:
+            found: Any = self.starts.search(self.source, start)
+            text, at_end = self.source[start:found.start()], found.end() == len(self.source)
+            if text and self.statement:
+                raise self.error("text where a line of code goes on")
+            self.write_text(text)
+            start = self.read_code(found.end(), self.block if found[1] else self.line)
+        return "".join(self.out)
+
+    def write_text(self, text: str) -> None:
+        """Write text as one call, in which each expression stays on its line."""
+        shown = re.sub(r"\\\\\r?\n\Z", "", self.escaped.sub(r"\1\2", text))
+        if text.isspace() and self.blocks[-1:] == ["match"]:  # where Python has nothing but case
+            shown = ""
+        code = ""
+        for i, part in enumerate(self.inline.split(shown)):
+            value = part.strip()
+            if i % 2:
+                code += f"_str({value[1:]})," if value[:1] == "!" else f"_escape({value}),"
+            elif part:
+                code += f"{part!r}," + "\n" * part.count("\n")
+        if code:
+            code = "  " * len(self.blocks) + "_printlist((" + code.rstrip("\n") + "))"
+        self.out.append(code + "\n" * (text.count("\n") - code.count("\n")))
+
+    def read_code(self, start: int, tokens: Pattern) -> int:
+        """Write the Python up to the end of its line, or of the block; returns where that is."""
+        kind: Optional[str] = None
+        while kind != "stop" and (tokens is self.block or kind not in ("newline", "joined")):
+            found = tokens.match(self.source, start)
+            kind, start = (found.lastgroup, found.end()) if found else ("stop", start)
+            self.brackets += (kind == "open") - (kind == "close")
+            if kind == "stop" or kind == "newline" and self.brackets <= 0:
+                self.end_line()
+            elif kind == "semicolon" and self.brackets <= 0:
+                self.end_statement()
+            elif found and kind != "comment":
+                self.statement.append(found[0])
+        return start
+
+    def end_line(self) -> None:
+        self.end_statement()
+        self.out.append("\n")
+        self.follows = False
+
+    def end_statement(self) -> None:
+        """Write it, indented by the blocks around it, whatever its own indentation was."""
+        code, self.statement, self.brackets = "".join(self.statement).strip(), [], 0
+        word = re.split(r"\W", code, maxsplit=1)[0]
+        top = self.blocks[-1] if self.blocks else ""
+        indent = len(self.blocks)
+        if code == "end" or word in STPL_CONTINUES or word == top == "case":
+            indent -= 1
+            if indent < 0:
+                raise self.error(f"`{word}` without a block")
+        elif word in STPL_OPENS or (word == "match" and code[-1] == ":") or \
+                (word == "case" and top == "match"):
+            self.blocks.append(word)
+        if code == "end":
+            del self.blocks[-2 if top == "case" else -1:]
+            code = ""  # and if it follows another, none follows it: Python refuses "a; ; b"
+        if code or self.follows:
+            self.out.append("; " + code if self.follows else "  " * indent + code)
+            self.follows = True
+
+    def error(self, message: str) -> StplSyntaxError:
+        line = "".join(self.out).count("\n") + 1
+        return StplSyntaxError(f"{self.name}, line {line}: {message}")
+
+
+class BaseTemplate:
+    """What all template languages share. Each brings prepare(**settings) and execute(out, env)."""
+
+    extensions = ["tpl", "html", "thtml", "stpl"]
+    settings: Dict[str, Any] = {}  # for prepare(), of all templates of this class
+    defaults: Dict[str, Any] = {}  # variables of all templates
+    prepare: Callable
+    execute: Callable
+
+    def __init__(self, source: Any = None, name: str = "", lookup: Iterable[str] = (),
+                 encoding: str = "utf8", **settings: Any) -> None:
+        """From a source (str, bytes or file), or from the file `name` in a `lookup` directory."""
+        source = source.read() if hasattr(source, "read") else source
+        self.source = source.decode(encoding) if isinstance(source, bytes) else source
+        self.name = name
+        self.lookup = [os.path.abspath(path) for path in lookup]
+        self.encoding = encoding
+        self.settings = {**self.settings, **settings}
+        self.filename = self.search(name, self.lookup) if source is None else None
+        if source is None and not self.filename:
+            raise TemplateError(f"template {name!r} is not in {self.lookup}")
+        self.prepare(**self.settings)
+
+    @classmethod
+    def search(cls, name: str, lookup: Iterable[str] = ()) -> Optional[str]:
+        """The path of the file `name`, or `name`.tpl..., in the first directory that has it."""
+        for directory in lookup:
+            root = os.path.join(os.path.abspath(directory), "")
+            path = os.path.abspath(os.path.join(root, name))
+            for end in ("", *("." + extension for extension in cls.extensions)):
+                if path.startswith(root) and os.path.isfile(path + end):  # no ../ leads out
+                    return path + end
+        return None
+
+    @classmethod
+    def global_config(cls, key: str, *value: Any) -> Any:
+        """A setting of all templates of this class; with a value, set it."""
+        if value:
+            cls.settings = {**cls.settings, key: value[0]}
+        return cls.settings[key]
+
+    def read(self, path: str) -> str:
+        with open(path, encoding=self.encoding, newline="") as file:
+            try:
+                return file.read()
+            except UnicodeDecodeError as error:
+                raise TemplateError(f"{path}: {error}") from error
+
+    def render(self, /, *dicts: Mapping, **variables: Any) -> str:
+        """The text, with these variables. Several threads may render one template."""
+        env = self.defaults.copy()
+        out: List[str] = []
+        for given in (*dicts, variables):
+            env.update(given)
+        self.execute(out, env)
+        return "".join(out)
+
+
+class SimpleTemplate(BaseTemplate):
+    """Bottle's own template language: SimpleTemplate("{{x}}").render(x="<") -> "&lt;"."""
+
+    def prepare(self, escape_func: Callable = html_escape, noescape: bool = False,
+                syntax: Optional[str] = None, **settings: Any) -> None:
+        def text(value: Any) -> str:
+            if value is None:
+                return ""
+            return value.decode(self.encoding) if isinstance(value, bytes) else str(value)
+
+        def escape(value: Any) -> str:
+            return escape_func(value if type(value) is str else text(value))
+
+        self._str, self._escape = (escape, text) if noescape else (text, escape)
+        self.included: Dict[str, SimpleTemplate] = {}
+        name = self.filename or "<template>"
+        source = self.read(self.filename) if self.filename else self.source
+        self.code = StplParser(source, syntax, name).translate()
+        self.co = compile(self.code, name, "exec", dont_inherit=True)
+
+    def execute(self, out: List[str], env: Dict[str, Any]) -> Dict[str, Any]:
+        """Add the pieces of text to `out`; returns the variables as they are then."""
+        env.update(
+            _stdout=out, _printlist=out.extend, _str=self._str, _escape=self._escape, _rebase=None,
+            include=partial(self._include, env), rebase=partial(self._rebase, env),
+            get=env.get, setdefault=env.setdefault, defined=env.__contains__)
+        start = len(out)
+        exec(self.co, env)
+        if not env["_rebase"]:
+            return env
+        name, given = env["_rebase"]
+        given["base"] = "".join(out[start:])
+        del out[start:]
+        return self._include(env, name, **given)
+
+    def _include(self, env: Dict[str, Any], name: str, /, **given: Any) -> Dict[str, Any]:
+        found = self.included.get(name)
+        if found is None:
+            found = self.included[name] = type(self)(
+                None, name, self.lookup, self.encoding, syntax=self.settings.get("syntax"))
+            found.included = self.included  # one that includes itself is compiled once
+        return found.execute(env["_stdout"], {**env, **given})
+
+    def _rebase(self, env: Dict[str, Any], name: str, /, **given: Any) -> None:
+        env["_rebase"] = name, given
+
+
+class Jinja2Template(BaseTemplate):
+    """A template of the package jinja2; settings are those of its Environment."""
+
+    def prepare(self, filters: Mapping = {}, tests: Mapping = {}, globals: Mapping = {},
+                **settings: Any) -> None:
+        jinja2 = import_module("jinja2")
+        self.env = jinja2.Environment(loader=jinja2.FunctionLoader(self.load), **settings)
+        self.env.filters.update(filters)
+        self.env.tests.update(tests)
+        self.env.globals.update(globals)
+        self.tpl = (self.env.get_template(self.name) if self.source is None
+                    else self.env.from_string(self.source))
+
+    def load(self, name: str) -> Optional[Tuple[str, str, Callable]]:
+        path = self.search(name, self.lookup)
+        return (self.read(path), path, lambda: not DEBUG) if path else None
+
+    def execute(self, out: List[str], env: Dict[str, Any]) -> None:
+        out.append(self.tpl.render(env))
+
+
+def template(source: Any, /, *dicts: Mapping, template_adapter: Callable = SimpleTemplate,
+             template_lookup: Iterable[str] = (), template_settings: Mapping = {},
+             **variables: Any) -> str:
+    r"""Render a template, by its name or source (what has {, %, $ or \n), with these variables."""
+    if isinstance(source, BaseTemplate):
+        return source.render(variables, *dicts)
+    lookup = tuple(template_lookup or TEMPLATE_PATH)
+    key = (template_adapter, source, lookup, repr(template_settings))
+    found = None if DEBUG else TEMPLATES.get(key)
+    if found is None:
+        kind = "source" if set("\n{%$") & set(source) else "name"
+        found = template_adapter(**{kind: source}, lookup=lookup, **template_settings)
+        if len(TEMPLATES) >= 1000:  # sources that are made at run time must not pile up
+            TEMPLATES.clear()
+        TEMPLATES[key] = found
+    return found.render(variables, *dicts)
+
+
+def view(name: str, /, **defaults: Any) -> Callable:
+    """Decorate a function: the dict that it returns, or None, is rendered with this template."""
+    def decorator(func: Callable) -> Callable:
+        @wraps(func)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = func(*args, **kwargs)
+            if result is None or isinstance(result, Mapping):
+                return template(name, result or {}, **defaults)
+            return result
+        return wrapper
+    return decorator
+
+
+jinja2_template = partial(template, template_adapter=Jinja2Template)
+jinja2_view = partial(view, template_adapter=Jinja2Template)
+
+
+# === 10. App ==================================================================
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
 # _cast (what was returned to bytes) -> start_response.
@@ -2565,7 +2855,7 @@ ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 ESCAPES.update({ord('"'): '\\"', ord("\\"): "\\\\"})
 
 
-# === 10. Test client ==========================================================
+# === 11. Test client ==========================================================
 # Requests to an application in this process: no socket, no server, cookies kept.
 
 class Answer:
@@ -2681,7 +2971,7 @@ class TestClient:
             self.cookies[name] = value
 
 
-# === 11. Event loop ===========================================================
+# === 12. Event loop ===========================================================
 # One loop, which changes threads when user code blocks. Three things have owners, and each changes
 # hands by one atomic container operation, never by a flag and a check:
 #   the loop       one ticket. In the hand of the thread that runs the loop, or on that thread's own
@@ -3384,7 +3674,7 @@ class Loop:
         self.bell.wake()
 
 
-# === 12. Server connection ====================================================
+# === 13. Server connection ====================================================
 # HTTP on the loop: a head is read and parsed, its body collected, the application called, the
 # answer sent. What the socket does not take of bytes or of a file waits in the loop; an iterator
 # that is not done leaves the loop together with its thread, since what it holds may be bound to it.
@@ -4445,7 +4735,7 @@ class LogStream:
         pass
 
 
-# === 13. Workers ==============================================================
+# === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target and asks the master, over its own pair of sockets (the link), for settings and
 # listeners; it sends what run() was given, and the master adds what the command line says. Counts
@@ -5151,7 +5441,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
     return None
 
 
-# === 14. Default app and command line =========================================
+# === 15. Default app and command line =========================================
 # The module-level shortcuts of Bottle, and `python minibottle.py module:name`.
 
 class AppStack(list):

@@ -2364,7 +2364,9 @@ class RouterTest(UnitTest):
         self.assertEqual(ask(app, "/r1999/a/5").text, "a")
 
 
-# === 9. App ===================================================================
+# === 9. Templates =============================================================
+
+# === 10. App ==================================================================
 
 JSON, TEXT_HTML = "application/json", "text/html; charset=UTF-8"
 RETURNED = [  # (what makes the value, status, content type, body)
@@ -3077,7 +3079,7 @@ class SiteOnWaitressTest(SiteChecks, unittest.TestCase):
         return serve_waitress(module + ":make_site")
 
 
-# === 10. Test client ==========================================================
+# === 11. Test client ==========================================================
 
 class TestClientTest(UnitTest):
 
@@ -3155,7 +3157,7 @@ class TestClientTest(UnitTest):
         self.assertLess(time.process_time() - start, SLOW)
 
 
-# === 11. Event loop ===========================================================
+# === 12. Event loop ===========================================================
 
 SECONDS, GUESTS = (30, 100) if LONG else (1, 40)
 PATIENCE = 10 * SLOW                   # seconds without a byte: the request is stuck
@@ -3745,7 +3747,7 @@ class WorkerUnderLoadTest(unittest.TestCase):
             time.sleep(0.1)
 
 
-# === 12. Server connection ====================================================
+# === 13. Server connection ====================================================
 
 HELLO5 = b"5\r\nhello\r\n0\r\n\r\n"
 CORPUS = [  # (name, bytes on the wire, status or statuses that are right)
@@ -4790,7 +4792,7 @@ class StreamTest(WireTest):
         wire.reset()
 
 
-# === 13. Workers ==============================================================
+# === 14. Workers ==============================================================
 
 class Busy(threading.Thread):
     """A client that asks again and again, on one connection while that lasts."""
@@ -5487,7 +5489,7 @@ class CommandResourcesTest(PooledTest):
         self.assertEqual(finish(start=("-X", "dev", "-c", script)), (0, "", ""))
 
 
-# === 14. Default app and command line =========================================
+# === 15. Default app and command line =========================================
 
 def is_served(url):
     with contextlib.suppress(OSError):
@@ -5856,7 +5858,7 @@ class CommandOnPoorSystemTest(PooledTest):
             self.assertEqual((server.stop(), server.find("asked the network")), (0, None))
 
 
-# === 15. Examples =============================================================
+# === 16. Examples =============================================================
 
 EXAMPLES = {        # module: expression that gives the WSGI application
     "hello": lambda module: module.app,
@@ -6146,7 +6148,7 @@ class CommandExamplesTest(PooledTest):
                 self.assertEqual(server.stop(), 0, server.said())
 
 
-# === 16. Layout ===============================================================
+# === 17. Layout ===============================================================
 
 PROGRAM = SOURCE.decode("utf-8")
 BANNERS = [(PROGRAM.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
