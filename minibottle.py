@@ -4880,7 +4880,7 @@ def send_message(link: socket.socket, message: dict, fds: Iterable[int] = ()) ->
 
 def receive_message(link: socket.socket) -> Tuple[dict, List[socket.socket]]:
     """Raises EOFError when the other end is gone."""
-    data, sockets = b"", []
+    data, sockets = b"", []  # type: Tuple[bytes, List[socket.socket]]
     while not data.endswith(b"\n"):
         piece, rights, _, _ = link.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 64))
         if not piece:
