@@ -111,6 +111,7 @@ __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "app default_app route get post put delete patch error hook url run "
     "TestClient Server Settings GzipMiddleware "
+    "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
     "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
 ).split()
@@ -2015,8 +2016,8 @@ class StplParser:
         self.escaped = re.compile(rf"(?m)^([ \t]*)\\({line}|{begin})")
         self.line = re.compile(STPL_CODE % ("(?!)", "(?!)"))
         self.block = re.compile(STPL_CODE % (end, end))
-        self.inline = re.compile(
-            left + r"""((?:'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*"|[^'"\n])*?)""" + right)
+        string = r"""'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*\""""
+        self.inline = re.compile(rf"{left}((?:{string}|(?!{left})[^'\"\n])*?){right}")
         self.out: List[str] = []        # Python, as many lines as have been read
         self.statement: List[str] = []  # tokens of the one at hand
         self.brackets = 0               # that it has open
@@ -2030,7 +2031,7 @@ class StplParser:
             found: Any = self.starts.search(self.source, start)
             text, at_end = self.source[start:found.start()], found.end() == len(self.source)
             if text and self.statement:
-                raise self.error("text where a line of code goes on")
+                raise self.error("code that does not end before the text")
             self.write_text(text)
             start = self.read_code(found.end(), self.block if found[1] else self.line)
         return "".join(self.out)

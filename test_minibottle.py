@@ -56,6 +56,7 @@ import textwrap
 import threading
 import time
 import tokenize
+import traceback
 import types
 import unittest
 import urllib.parse
@@ -71,10 +72,10 @@ from wsgiref.validate import WSGIWarning, validator
 import minibottle
 from minibottle import (
     App, BadRequest, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError, HTTPResponse,
-    MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings, TestClient,
-    UsageError, WSGIHeaderDict, abort, accepts_gzip, format_field, html_escape, http_date,
-    iter_chunked, negotiate_gzip, parse_cookies, parse_framing, parse_head, parse_qsl, redirect,
-    request, response)
+    MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings,
+    SimpleTemplate, TemplateError, TestClient, UsageError, WSGIHeaderDict, abort, accepts_gzip,
+    format_field, html_escape, http_date, iter_chunked, negotiate_gzip, parse_cookies,
+    parse_framing, parse_head, parse_qsl, redirect, request, response, view)
 
 LONG = os.environ.get("MINIBOTTLE_LONG") == "1"
 only_cpython = unittest.skipUnless(sys.implementation.name == "cpython",
@@ -2365,6 +2366,400 @@ class RouterTest(UnitTest):
 
 
 # === 9. Templates =============================================================
+
+rendered = minibottle.template
+
+
+class TemplateSyntaxTest(UnitTest):
+
+    def assertRenders(self, rows, **variables):
+        for source, expected in rows:
+            with self.subTest(source=source):
+                self.assertEqual(SimpleTemplate(source).render(variables), expected)
+
+    def test_an_expression_is_escaped_also_for_attributes_unless_it_says_not_to(self):
+        self.assertRenders([
+            ("<{{x}}>", "<&lt;a&gt; &amp; &quot;b&quot; &#039;c&#039;>"),
+            ("<{{!x}}>", "<<a> & \"b\" 'c'>"), ("<{{ !x }}>", "<<a> & \"b\" 'c'>"),
+            ("{{data}}{{!data}}", "&lt;ö&gt;<ö>"), ("[{{none}}{{!none}}]", "[]"),
+            ("{{5}} {{1.5}} {{True}} {{[1, '<']}}", "5 1.5 True [1, &#039;&lt;&#039;]"),
+            ("{{'}}'}}{{\"}}\"}}{{'\\'}}'}}", "}}}}&#039;}}"), ("{{f'{x[0]}'}}", "&lt;"),
+            ("{{{'a': 1}['a']}}", "1"), ("{{x\n}} { } {{ 100% }", "{{x\n}} { } {{ 100% }"),
+            ("{{UNICODE}}" + UNICODE, UNICODE * 2), ("", ""), ("{{''}}", "")],
+            x="<a> & \"b\" 'c'", data="<ö>".encode(), none=None, UNICODE=UNICODE)
+
+    def test_code_vanishes_and_its_indentation_means_nothing(self):
+        self.assertRenders([
+            ("a\n  % x = 1 # why; not\n%\n%# no: code\n{{x}}\n", "a\n1\n"),
+            ("% for i in range(3):\n%   if i:\n{{i}}\n% end\n   % end\n.", "1\n2\n."),
+            ("%if n > 5:\na\n%elif n:\nb\n%else :\nc\n%end\n", "b\n"),
+            ("% if n: a = 1\n% else: a = 2; end\n{{a}}", "1"),
+            ("% a = 0\n% for i in (1, 2): a += i; end\n{{a}}", "3"),
+            ("% if n:\na\n% end; b = 5;\n{{b}}", "a\n5"),
+            ("% try:\n%   1 // 0\n% except ZeroDivisionError:\nz\n% finally:\nf\n% end", "z\nf\n"),
+            ("% while n:\n{{n}}\n%   n -= 1\n% end", "2\n1\n"), ("% if n:\nno end", "no end"),
+            ("% def li(x):\n<li>{{x}}</li>\n% end\n% li(1); li('<')\n",
+             "<li>1</li>\n<li>&lt;</li>\n"),
+            ("%if 1 \\\n%and n:\ny\n%end", "y\n"), ("% if '#;:' and ';':\ny\n% end # done", "y\n"),
+            ("% a = [\n%   i\n%   for i in range(4)\n%   if i % 2\n% ]\n{{a}}", "[1, 3]"),
+            ('% a = """1\n  % 2\n"""\n{{a}}', "1\n  % 2\n"), ("% a = r'\\d;'\n{{a}}", "\\d;"),
+            ("% m = 'x' if n else 'y'\n% ended = iffy = 1\n{{m}}{{ended}}", "x1"),
+            ("a\r\n% b = 1\r\n{{b}}\r\n", "a\r\n1\r\n"), ("%# only", ""), ("% end_ = 1", "")], n=2)
+
+    def test_a_block_of_code_spans_lines_and_ends_at_the_end_of_one(self):
+        self.assertRenders([
+            ("<% a = 1\n   b = 2 %>\n{{a + b}}", "3"), ("  <%\r\na = 1\r\n%>  \r\n{{a}}", "1"),
+            ("<% if n:\n a = 1\n  else:\n a = 2\nend %>\n{{a}}", "2"),
+            ("<% for i in range(2):\n%>\n{{i}}\n% end", "0\n1\n"),
+            ("<% a = '%>' # %> not here\n # but here %>\n{{!a}}", "%>"),
+            ("<%\n'''\n%>\n'''\na = {\n 'b': 1,\n}\n%>\n{{a['b']}}", "1")], n=0)
+
+    def test_backslashes_make_text_of_code_and_take_line_breaks_away(self):
+        self.assertRenders([
+            ("\\% a {{1}}\n  \\<% b\nc \\% d\n\\\\% e", "% a 1\n  <% b\nc \\% d\n\\\\% e"),
+            ("a\\\\\n% b = 1\n{{b}}", "a1"), ("a\\\\\r\n% b = 1\n{{b}}\\\\\n%#", "a1"),
+            ("a\\\\\nb", "a\\\\\nb"), ("a\\\\\n\\\\\n%#\nb", "a\\\\\nb")])
+
+    @unittest.skipIf(sys.version_info < (3, 10), "match is a statement since Python 3.10")
+    def test_match_has_cases_and_one_end(self):
+        source = ("% match x:\n\n  % case [a, b]:\n    {{a}}\n  % case 'x': y = 1\n  % case _:\n"
+                  "    other\n% end\nend")
+        for value, expected in (([1, 2], "    1\nend"), ("x", "end"), (5, "    other\nend")):
+            self.assertEqual(SimpleTemplate(source).render(x=value), expected)
+        nested = "% match x:\n% case 1:\n% if y:\na\n% else:\nb\n% end\n% case 2:\nc\n% end\n."
+        self.assertEqual([SimpleTemplate(nested).render(x=x, y=y) for x, y in (
+            (1, 1), (1, 0), (2, 0), (3, 0))], ["a\n.", "b\n.", "c\n.", "."])
+
+    def test_match_and_case_are_names_too(self):
+        self.assertRenders([("% match = 1\n% case = {match: 2}\n{{match}}{{case[1]}}", "12"),
+                            ("% match, case = re.match, 5\n% x = match('a', 'b')\n{{x}}", "")],
+                           re=re)
+
+    def test_other_marks(self):
+        source = "{% if x:\n  a = 1\n  end %}\n$ b = 2\n$ if b:\n[[a]][[!'<']] {{c}} % d\n$ end"
+        self.assertEqual(SimpleTemplate(source, syntax="{% %} $ [[ ]]").render(x=1),
+                         "1< {{c}} % d\n")
+
+    def test_noescape_swaps_both_forms_and_an_escape_func_replaces_html(self):
+        self.assertEqual(SimpleTemplate("{{x}}{{!x}}", noescape=True).render(x="<"), "<&lt;")
+        self.assertEqual(SimpleTemplate("{{x}}{{!x}}", escape_func=str.upper).render(x="a"), "Aa")
+
+    def test_functions_in_scope(self):
+        self.assertRenders([
+            ("{{get('x')}}{{get('y')}}{{get('y', 3)}}", "13"),
+            ("% setdefault('x', 5)\n% setdefault('y', 6)\n{{x}}{{y}}", "16"),
+            ("{{defined('x')}} {{defined('y')}}", "True False"),
+            ("% y = 1\n{{defined('y')}} {{get('y')}}", "True 1")], x=1)
+
+    def test_variables_come_from_defaults_then_dicts_then_keywords(self):
+        source = SimpleTemplate("{{a}}{{b}}{{c}}{{self}}")
+        with mock.patch.object(SimpleTemplate, "defaults", {"a": 1, "b": 1, "c": 1}):
+            self.assertEqual(source.render({"b": 2, "self": 4}, c=3), "1234")
+        self.assertEqual(SimpleTemplate("{{x}}").render(FormsDict(x="ö")), "ö")
+
+    def test_parsing_takes_linear_time(self):
+        for piece in ("{{", "{{'", "'''", "% x = ((\n", "\\\\\n", "<% # %> #", "%if 1:\n%end\n"):
+            with self.subTest(piece=piece):
+                started = time.monotonic()
+                with contextlib.suppress(SyntaxError, TemplateError):
+                    SimpleTemplate(piece * (40000 // len(piece)) + "\n")
+                self.assertLess(time.monotonic() - started, 2 * SLOW)
+
+
+def template_frames(func):
+    """(file name, line) of each frame within a template, when func fails."""
+    try:
+        func()
+    except ZeroDivisionError as error:
+        return [(os.path.basename(frame.filename), frame.lineno)
+                for frame in traceback.extract_tb(error.__traceback__)
+                if frame.filename.endswith((".tpl", "<template>"))]
+
+
+class TemplateErrorTest(UnitTest):
+    """The traceback of a template names its file and the line in it."""
+
+    def test_an_error_is_on_the_line_where_it_is_in_the_template(self):
+        for source, line in (
+                ("a\nb {{x}}\nc {{1 // 0}} d\ne", 3), ("% 1 // 0", 1), ("\\\\\n% 1 // 0\na", 2),
+                ("a\n<% b = 1\n# c\n\n1 // 0\n%>\nd", 5), ("a\r\n\r\n{{1 // 0}}\r\n", 3),
+                ('% a = """\n\n"""\n{{x}}\n% for i in (\n%   1,\n% ):\n\n{{i}}\n% 1 // 0\n', 10),
+                ("% if x:\n%   y = 1\n%# z\n% end\n\\% a\n\n  {{1 // 0}}", 7),
+                ("% def f():\na\n{{1 // 0}}\n% end\n\n% f()", 3)):
+            for text in (source, source + "\n" * 50):
+                with self.subTest(source=source):
+                    frames = template_frames(lambda: SimpleTemplate(text).render(x=1))
+                    self.assertEqual(frames[-1], ("<template>", line))
+
+    def test_a_name_that_is_missing_is_a_NameError(self):
+        with self.assertRaisesRegex(NameError, "nobody"):
+            SimpleTemplate("{{nobody}}").render()
+
+    def test_python_that_cannot_be_read_is_a_SyntaxError_with_its_line(self):
+        for source, line in (("a\n% for x\n", 2), ("a\n\n{{x y}}", 3), ("% if 1:\n% x = (1,,)", 2),
+                             ("a\n% if 1: b = 1; end; c = 2", 2), ("\n<% a = 1 %>{{a}}", 2),
+                             ("a\n% x = 'b\n", 2)):
+            with self.subTest(source=source):
+                with self.assertRaises(SyntaxError) as caught:
+                    SimpleTemplate(source)
+                self.assertEqual((caught.exception.filename, caught.exception.lineno),
+                                 ("<template>", line))
+
+    def test_blocks_that_do_not_fit_are_named_with_their_line(self):
+        for source, message in (
+                ("a\n% end", "<template>, line 2: `end` without a block"),
+                ("% if 1:\n% end\n\n% else:\n", "<template>, line 4: `else` without a block"),
+                ("<% a = 1\nend %>", "<template>, line 2: `end` without a block"),
+                ("a\n% b = [1,\nc\n% ]",
+                 "<template>, line 2: code that does not end before the text"),
+                ("% b = 1 + \\\nc", "<template>, line 1: code that does not end before the text")):
+            with self.subTest(source=source):
+                with self.assertRaises(minibottle.StplSyntaxError) as caught:
+                    SimpleTemplate(source)
+                self.assertEqual(str(caught.exception), message)
+
+    def test_marks_that_are_not_five_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "5"):
+            SimpleTemplate("a", syntax="<% %> %")
+
+
+class TemplateFilesTest(UnitTest):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = os.path.realpath(folder.name)
+        self.views = os.path.join(self.folder, "views")
+        os.makedirs(os.path.join(self.views, "sub"))
+        for target in (minibottle.TEMPLATES, minibottle.BaseTemplate.settings):
+            patch = mock.patch.dict(target)
+            patch.start()
+            self.addCleanup(patch.stop)
+        patch = mock.patch.object(minibottle, "TEMPLATE_PATH", [self.views])
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def write(self, name, text, encoding="utf-8"):
+        with open(os.path.join(self.views, name), "wb") as file:
+            file.write(text.encode(encoding))
+
+    def test_a_file_is_found_with_or_without_its_extension_in_the_first_directory(self):
+        sub = os.path.join(self.views, "sub")
+        self.write("a.tpl", "tpl {{x}}")
+        self.write("a.html", "html")
+        self.write("b.html", "b")
+        self.write("sub/a.tpl", "sub")
+        for name, lookup, expected in (
+                ("a", [self.views], "tpl 1"), ("a.html", [self.views], "html"),
+                ("b", [sub, self.views], "b"), ("a", [sub, self.views], "sub"),
+                ("sub/a", [self.views], "sub"), ("./sub/../b", [self.views], "b"),
+                (os.path.join(self.views, "b.html"), [self.views], "b")):
+            with self.subTest(name=name):
+                self.assertEqual(rendered(name, x=1, template_lookup=lookup), expected)
+
+    def test_no_name_leads_out_of_the_directories(self):
+        with open(os.path.join(self.folder, "secret.tpl"), "w") as file:
+            file.write("secret")
+        os.mkdir(self.views + "2")
+        with open(os.path.join(self.views + "2", "secret.tpl"), "w") as file:
+            file.write("secret")
+        path = os.path.join(self.folder, "secret.tpl")
+        for name in ("../secret", "sub/../../secret", path, path[:-4], "../views2/secret", "..",
+                     "sub", ".", "/", "secret\0", "\0", "..\\secret", "//" + path, "~/secret",
+                     "a" * 5000, "file://" + path):
+            with self.subTest(name=name[:80]):
+                self.assertIsNone(SimpleTemplate.search(name, [self.views]))
+                with self.assertRaisesRegex(TemplateError, "is not in"):
+                    rendered(name)
+                with self.assertRaisesRegex(TemplateError, "is not in"):
+                    rendered("% include(name)", name=name)
+
+    def test_without_directories_or_a_name_nothing_is_found(self):
+        for args in ({"name": "a"}, {"name": "a", "lookup": []}, {}):
+            with self.assertRaises(TemplateError):
+                SimpleTemplate(**args)
+
+    def test_an_include_sees_the_variables_and_returns_its_own(self):
+        self.write("part.tpl", "({{x}}{{get('y', '-')}})\\\\\n% z = x * 2\n")
+        self.write("page.tpl", "% include('part')\n% x = 5\n% names = include('part.tpl', y=6)\n"
+                               " {{x}} {{names['z']}} {{defined('y')}} {{defined('z')}}")
+        self.assertEqual(rendered("page", x=1), "(1-)(56) 5 10 False False")
+
+    def test_an_include_brings_functions_that_write(self):
+        self.write("lib.tpl", "% def bold(x):\n<b>{{x}}</b>\\\\\n% end\n")
+        self.assertEqual(rendered("% lib = include('lib')\n% lib['bold']('<')\n."),
+                         "<b>&lt;</b>.")
+
+    def test_a_template_that_includes_itself_is_compiled_once_more(self):
+        self.write("tree.tpl", "{{n}}\\\\\n% if n:\n%   include('tree', n=n - 1)\n% end\n")
+        with mock.patch.object(minibottle, "StplParser", wraps=minibottle.StplParser) as parser:
+            self.assertEqual(rendered("tree", n=5), "543210")
+        self.assertEqual(parser.call_count, 2)
+
+    def test_rebase_puts_what_was_written_into_another(self):
+        self.write("outer.tpl", "<{{!base}}>")
+        self.write("base.tpl", "% rebase('outer')\n[{{title}}|{{x}}|{{!base}}]")
+        self.assertEqual(rendered("% rebase('base', title='<')\n<b>{{x}}</b>", x=1),
+                         "<[&lt;|1|<b>1</b>]>")
+
+    def test_rebase_in_an_include_takes_only_the_include(self):
+        self.write("box.tpl", "[{{!base}}]")
+        self.write("part.tpl", "% rebase('box')\npart")
+        self.assertEqual(rendered("a\n% include('part')\n\nb"), "a\n[part]\nb")
+
+    def test_an_error_in_an_include_names_both_lines(self):
+        self.write("part.tpl", "a\n{{1 // 0}}\n")
+        self.write("page.tpl", "\n\n% include('part')\n")
+        self.assertEqual(template_frames(lambda: rendered("page")),
+                         [("page.tpl", 3), ("part.tpl", 2)])
+
+    def test_an_include_has_the_marks_and_the_encoding_of_its_includer(self):
+        self.write("part.tpl", "[[x]]ö", "latin-1")
+        page = SimpleTemplate("$ include('part')\n", lookup=[self.views], encoding="latin-1",
+                              syntax="{% %} $ [[ ]]")
+        self.assertEqual(page.render(x="ä".encode("latin-1")), "äö")
+
+    def test_files_and_bytes_are_utf_8_or_what_is_said(self):
+        self.write("a.tpl", UNICODE + "\r\n{{x}}\n")
+        self.assertEqual(rendered("a", x=UNICODE), UNICODE + "\r\n" + UNICODE + "\n")
+        self.assertEqual(SimpleTemplate(UNICODE.encode()).render(), UNICODE)
+        self.assertEqual(SimpleTemplate(io.StringIO("{{x}}")).render(x=1), "1")
+        self.assertEqual(SimpleTemplate(b"\xe4", encoding="latin-1").render(), "ä")
+        self.write("b.tpl", "ä", "latin-1")
+        with self.assertRaisesRegex(TemplateError, r"b\.tpl: 'utf-?8' codec"):
+            rendered("b")
+
+    def test_what_is_compiled_stays_until_it_is_cleared_or_debugged(self):
+        self.write("a.tpl", "old")
+        self.assertEqual(rendered("a"), "old")
+        self.write("a.tpl", "new")
+        self.assertEqual(rendered("a"), "old")
+        with mock.patch.object(minibottle, "DEBUG", True):
+            self.assertEqual(rendered("a"), "new")
+        self.write("a.tpl", "newer")
+        minibottle.TEMPLATES.clear()
+        self.assertEqual(rendered("a"), "newer")
+
+    def test_the_search_path_is_read_at_each_call(self):
+        self.write("a.tpl", "views")
+        self.write("sub/a.tpl", "sub")
+        self.assertEqual(rendered("a"), "views")
+        minibottle.TEMPLATE_PATH.insert(0, os.path.join(self.views, "sub"))
+        self.assertEqual(rendered("a"), "sub")
+        minibottle.TEMPLATE_PATH = [self.views]
+        self.assertEqual(rendered("a"), "views")
+
+    def test_a_source_is_compiled_for_each_of_its_settings(self):
+        for settings, expected in (({}, "&lt;"), ({"noescape": True}, "<"), ({}, "&lt;")):
+            self.assertEqual(rendered("{{x}}", x="<", template_settings=settings), expected)
+
+    def test_sources_without_end_do_not_pile_up(self):
+        made = {("a", i): None for i in range(1000)}
+        minibottle.TEMPLATES.update(made)
+        self.assertEqual(rendered("{{1}}"), "1")
+        self.assertEqual(len(minibottle.TEMPLATES), 1)
+
+    def test_one_template_renders_in_many_threads(self):
+        self.write("part.tpl", "{{x}}\\\\\n% y = x\n")
+        self.write("base.tpl", "<{{!base}}|{{x}}>")
+        self.write("page.tpl", "% rebase('base')\n% for i in range(50):\n%   include('part')\n"
+                               "% end\n{{x}}")
+        page = SimpleTemplate(name="page", lookup=[self.views])
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda i: page.render(x=i), range(200)))
+        self.assertEqual(texts, [f"<{str(i) * 51}|{i}>" for i in range(200)])
+
+    def test_global_settings_are_of_one_class(self):
+        class Upper(SimpleTemplate):
+            pass
+        Upper.global_config("escape_func", str.upper)
+        self.assertIs(Upper.global_config("escape_func"), str.upper)
+        self.assertEqual(Upper("{{x}}").render(x="<a"), "<A")
+        self.assertEqual(SimpleTemplate("{{x}}").render(x="<a"), "&lt;a")
+
+
+class ViewTest(UnitTest):
+
+    def test_a_dict_or_nothing_is_rendered_and_all_else_goes_through(self):
+        for value, expected in (({"x": "<"}, "&lt;b"), (FormsDict(x="1"), "1b"), (None, "ab"),
+                                ({}, "ab"), ({"y": "c"}, "ac"), ("text", "text")):
+            with self.subTest(value=value):
+                func = view("{{x}}{{y}}", x="a", y="b")(lambda: value)
+                self.assertEqual(func(), expected)
+
+    def test_a_view_in_an_application(self):
+        @view("<b>{{name}}</b> {{request.method}}", request=request)
+        def hello(name):
+            """Greets."""
+            return {"name": name}
+        self.assertEqual((hello.__name__, hello.__doc__), ("hello", "Greets."))
+        answer = ask(app_of(hello, "/<name>"), "/ö<")
+        self.assertEqual((answer.text, answer.headers["Content-Type"]),
+                         ("<b>ö&lt;</b> GET", "text/html; charset=UTF-8"))
+
+    def test_a_view_is_given_the_request_if_its_function_asks_for_it(self):
+        func = view("{{path}}")(lambda request: {"path": request.path})
+        self.assertEqual(ask(app_of(func, "/a"), "/a").text, "/a")
+
+    def test_a_template_that_is_missing_is_a_500(self):
+        with self.assertLogged():
+            self.assertEqual(ask(app_of(view("no-such-template")(dict))).status_code, 500)
+
+    def test_what_a_function_returns_cannot_choose_template_or_settings(self):
+        func = view("{{x}}")(lambda: {
+            "x": "<", "template_lookup": "/", "template_settings": {"noescape": True}, "name": "a"})
+        self.assertEqual(func(), "&lt;")
+
+    def test_dicts_come_before_keywords(self):
+        self.assertEqual(rendered("{{x}}{{y}}{{source}}", {"x": 1}, x=2, y=3, source=4), "134")
+
+    def test_a_template_object_renders_itself(self):
+        self.assertEqual(rendered(SimpleTemplate("{{x}}"), x=1), "1")
+
+    def test_debug_is_a_switch_that_shows_warnings(self):
+        with warnings.catch_warnings(), mock.patch.object(minibottle, "DEBUG", False):
+            warnings.simplefilter("ignore")
+            minibottle.debug()
+            self.assertIs(minibottle.DEBUG, True)
+            self.assertEqual(warnings.filters[0][0], "default")
+            minibottle.debug(False)
+            self.assertIs(minibottle.DEBUG, False)
+
+
+@unittest.skipUnless(importlib.util.find_spec("jinja2"), "needs jinja2")
+class Jinja2Test(UnitTest):
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        for name, text in (("base.html", "<{% block b %}{% endblock %}>"),
+                           ("page.tpl", "{% extends 'base' %}{% block b %}{{x}}{% endblock %}")):
+            with open(os.path.join(folder.name, name), "w") as file:
+                file.write(text)
+        self.lookup = [folder.name]
+
+    def test_a_page_extends_another_from_the_same_directories(self):
+        self.assertEqual(minibottle.jinja2_template("page", x=1, template_lookup=self.lookup),
+                         "<1>")
+        with self.assertRaises(TemplateError):
+            minibottle.jinja2_template("../page", template_lookup=self.lookup)
+        with self.assertRaisesRegex(Exception, "passwd"):
+            minibottle.jinja2_template("{% include '/etc/passwd' %}", template_lookup=self.lookup)
+
+    def test_settings_go_to_its_environment(self):
+        settings = {"filters": {"star": lambda x: f"*{x}*"}, "tests": {"big": lambda x: x > 5},
+                    "globals": {"g": 7}, "autoescape": True}
+        self.assertEqual(minibottle.Jinja2Template(
+            "{{x|star}}{{g is big}}{{'<'}}", **settings).render({"x": 1}), "*1*True&lt;")
+
+    def test_the_same_source_in_both_languages(self):
+        both = [make("{{x}}", x="<") for make in (minibottle.jinja2_template, rendered)]
+        self.assertEqual(both, ["<", "&lt;"])
+
+    def test_a_view(self):
+        func = minibottle.jinja2_view("{{x}}{{y}}", y=2)(lambda: {"x": 1})
+        self.assertEqual(func(), "12")
+
 
 # === 10. App ==================================================================
 
