@@ -94,7 +94,7 @@ from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from importlib import import_module
-from itertools import chain
+from itertools import chain, repeat
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
@@ -4323,7 +4323,6 @@ class LogStream(io.TextIOBase):
 # listeners; it sends what run() was given, and the master adds what the command line says. Counts
 # and heartbeats are in shared memory, so there is no file.
 
-BOARD_SLOT = struct.Struct("dI")     # of a worker: heartbeat (monotonic seconds), connections
 MAX_WORKERS = 1000
 BACKOFF_SECONDS = (1, 2, 4, 8, 16, 30)
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
@@ -4334,25 +4333,23 @@ class StartError(Exception):
 
 
 class Board:
-    """What workers let each other and the master see: shared memory, a slot each."""
+    """What workers let each other and the master see, in shared memory; a worker has a slot."""
 
-    def __init__(self, slots: int) -> None:
-        self.memory = mmap.mmap(-1, slots * BOARD_SLOT.size)
-        self.slots = slots
+    def __init__(self) -> None:
+        shared = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
+        self.beats = shared[:MAX_WORKERS]        # monotonic seconds; 0.0: it does not serve yet
+        self.connections = shared[MAX_WORKERS:]
 
     def write(self, slot: int, connections: int) -> None:
-        BOARD_SLOT.pack_into(self.memory, slot * BOARD_SLOT.size, monotonic(), connections)
-
-    def read(self, slot: int) -> Tuple[float, int]:
-        return BOARD_SLOT.unpack_from(self.memory, slot * BOARD_SLOT.size)
+        self.beats[slot] = monotonic()
+        self.connections[slot] = connections
 
     def clear(self, slot: int) -> None:
-        BOARD_SLOT.pack_into(self.memory, slot * BOARD_SLOT.size, 0.0, 0)
+        self.beats[slot] = self.connections[slot] = 0.0
 
-    def mean(self) -> float:
+    def mean(self, slots: int) -> float:
         """Connections of a worker that serves, on average."""
-        counts = [n for beat, n in map(self.read, range(self.slots)) if beat]
-        return sum(counts) / len(counts) if counts else 0.0
+        return sum(self.connections[:slots]) / max(1, sum(map(bool, self.beats[:slots])))
 
 
 class Served(Worker):
@@ -4361,6 +4358,7 @@ class Served(Worker):
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings,
                  board: Board, slot: int, link: socket.socket) -> None:
         super().__init__(app, sockets, settings)
+        self.workers = count_workers(settings.workers)
         self.board = board
         self.slot = slot
         self.link = link
@@ -4385,73 +4383,56 @@ class Served(Worker):
 
     def is_crowded(self) -> bool:
         """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
-        if self.board.slots == 1:
+        if self.workers < 2:
             return False
         count = len(self.connections)
         self.board.write(self.slot, count)
-        mean = self.board.mean()
-        return count > mean * 1.125 + 2
+        return count > self.board.mean(2 * self.workers) * 1.125 + 2  # those that end have slots
 
 
-class Alone:
-    """What run() finds in sys.modules["minibottle.running"] when there is no master."""
+def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> None:
+    """Serve in this process until a signal; in a thread that is not the main one, for good."""
+    settings = Settings(**{**defaults, **options, **flags})
+    sockets = bind_all(settings.bind)
+    settings.workers = "0"
+    worker = Worker(app, sockets, settings)
 
-    def __init__(self, defaults: dict, flags: dict) -> None:
-        self.defaults = defaults
-        self.flags = flags
-        self.served = False
+    def on_signal(number: int, frame: object) -> None:
+        if worker.draining or number not in (signal.SIGTERM, signal.SIGINT):
+            worker.stop()
+        else:
+            worker.drain()
 
-    def serve(self, app: Callable, options: dict) -> None:
-        """Serve in this process until a signal; in a thread that is not the main one, for good."""
-        self.served = True
-        settings = Settings(**{**self.defaults, **options, **self.flags})
-        sockets = bind_all(settings.bind)
-        settings.workers = "0"
-        worker = Worker(app, sockets, settings)
-        in_main = threading.current_thread() is threading.main_thread()
-        kept = {}
-        if in_main:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                kept[number] = signal.signal(number, second_stops(worker))
-            if hasattr(signal, "SIGQUIT"):
-                kept[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, lambda *_: worker.stop())
-            worker.bell.on_signals()
-        print_started(sockets, "one process")
-        try:
-            worker.monitor()
-        finally:
-            unlink_sockets(settings.bind)
-            for number, handler in kept.items():
-                signal.signal(number, handler)
-
-
-def second_stops(worker: Worker) -> Callable:
-    """A signal handler: drain, and stop at once when it comes again."""
-    return lambda number, frame: worker.stop() if worker.draining else worker.drain()
-
-
-class Child:
-    """What run() finds in sys.modules["minibottle.running"] in a worker of a master."""
-
-    def __init__(self, link: socket.socket, board: Board, slot: int) -> None:
-        self.link = link
-        self.board = board
-        self.slot = slot
-        self.served = False
-
-    def serve(self, app: Callable, options: dict) -> None:
-        """Ask the master for settings and listeners, and serve until it says stop."""
-        self.served = True
-        send_message(self.link, {"options": options})
-        answer, sockets = receive_message(self.link)
-        worker = Served(app, sockets, Settings(**answer["settings"]), self.board, self.slot,
-                        self.link)
-        signal.signal(signal.SIGTERM, lambda number, frame: worker.drain())
-        signal.signal(signal.SIGQUIT, lambda number, frame: worker.stop())
+    numbers: tuple = ()
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
         worker.bell.on_signals()
-        worker.on_heartbeat(monotonic())
-        send_message(self.link, {"ready": os.getpid()})
+    kept = handle(dict.fromkeys(numbers, on_signal))
+    print_started(sockets, "one process")
+    try:
         worker.monitor()
+    finally:
+        unlink_sockets()
+        handle(kept)
+
+
+def serve_as_child(link: socket.socket, board: Board, slot: int, app: Callable,
+                   options: dict) -> None:
+    """Ask the master for settings and listeners, and serve until it says stop."""
+    send_message(link, {"options": options})
+    answer, sockets = receive_message(link)
+    worker = Served(app, sockets, Settings(**answer["settings"]), board, slot, link)
+    handle({signal.SIGTERM: lambda number, frame: worker.drain(),
+            signal.SIGQUIT: lambda number, frame: worker.stop()})
+    worker.bell.on_signals()
+    worker.on_heartbeat(monotonic())
+    send_message(link, {"ready": os.getpid()})
+    worker.monitor()
+
+
+def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
+    """Let these functions handle these signals; returns those that did before."""
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
 def send_message(link: socket.socket, message: dict, fds: Iterable[int] = ()) -> None:
@@ -4499,7 +4480,7 @@ class Master:
         self.reloads = reloads    # load() gets new code; else the application is here already
         self.settings: Any = None  # known when the first worker has booted
         self.sockets: List[socket.socket] = []
-        self.board = Board(MAX_WORKERS)
+        self.board = Board()
         self.workers: Dict[int, Process] = {}
         self.wanted = 1
         self.bell = Waker()
@@ -4514,7 +4495,7 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        kept = {number: signal.signal(number, self.on_signal) for number in self.handled}
+        kept = handle(dict.fromkeys(self.handled, self.on_signal))
         self.bell.on_signals()
         try:
             while self.workers or not self.stopping:
@@ -4527,12 +4508,10 @@ class Master:
         finally:
             for process in self.workers.values():
                 self.kill(process, signal.SIGKILL)
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+            handle(kept)
             for sock in self.sockets:
                 sock.close()
-            if self.settings is not None:
-                unlink_sockets(self.settings.bind)
+            unlink_sockets()
             self.bell.close()
         return self.status
 
@@ -4590,21 +4569,20 @@ class Master:
         """In the new process: become a worker, and end here whatever happens."""
         status = FAILED_STATUS
         try:
-            for number in self.handled:
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, lambda number, frame: None)  # the master's to obey
+            handle({**dict.fromkeys(self.handled, signal.SIG_DFL),
+                    signal.SIGINT: lambda number, frame: None})  # the master's to obey
+            self.bell.close()
             signal.set_wakeup_fd(-1)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
-            self.bell.kept = None
-            self.bell.close()
             for process in self.workers.values():
                 process.link.close()
             for sock in self.sockets:  # they come again over the link
                 sock.close()
             enable_faulthandler()
-            reseed()
-            child = Child(link, self.board, slot)
-            status = boot(child, self.load, self.reloads)
+            if "random" in sys.modules:  # or all workers would draw the same numbers
+                sys.modules["random"].seed()
+            serve = partial(serve_as_child, link, self.board, slot)
+            status = boot(serve, self.load, self.reloads)
             if self.reloads:  # code that was imported here: what it has registered runs here
                 atexit._run_exitfuncs()
         except BaseException as error:
@@ -4615,9 +4593,7 @@ class Master:
 
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
-        timeout = HEARTBEAT_SECONDS
-        if self.settings is not None:
-            timeout = min(timeout, max(0.5, self.settings.worker_timeout / 4))
+        timeout = heartbeat_of(self.settings or DEFAULTS)
         if self.stopping or any(p.killed_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
@@ -4652,8 +4628,7 @@ class Master:
         try:
             self.settle(message["options"])
         except (UsageError, StartError) as error:
-            self.status = USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
-            print_line(str(error))
+            self.status = report(error)
             return self.stop(signal.SIGKILL)
         values = {name: getattr(self.settings, name) for name, _, _ in SETTINGS}
         try:
@@ -4670,33 +4645,21 @@ class Master:
         self.sockets = bind_all(settings.bind)
         self.settings = settings
         self.wanted = max(1, count_workers(settings.workers))  # 0 comes too late: here is a master
-        self.board.slots = self.wanted if self.wanted == 1 else min(self.wanted * 2, MAX_WORKERS)
 
     def reap(self) -> None:
         """Take leave of the workers that have ended. As PID 1, of any orphan too."""
-        while True:
-            try:
-                pid, wait_status = os.waitpid(-1, os.WNOHANG) if os.getpid() == 1 else \
-                    self.waitpid_ours()
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            process = self.workers.pop(pid, None)
-            if process is not None:
-                process.link.close()
-                self.board.clear(process.slot)
-                self.on_end(process, wait_status)
-
-    def waitpid_ours(self) -> Tuple[int, int]:
-        for pid in self.workers:
+        for pid in repeat(-1) if os.getpid() == 1 else list(self.workers):
             try:
                 ended, wait_status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:  # somebody else waited for it
                 ended, wait_status = pid, 0
-            if ended:
-                return ended, wait_status
-        return 0, 0
+            process = self.workers.pop(ended, None)
+            if process is not None:
+                process.link.close()
+                self.board.clear(process.slot)
+                self.on_end(process, wait_status)
+            elif pid == -1 and ended <= 0:
+                return
 
     def on_end(self, process: Process, wait_status: int) -> None:
         """A worker has ended. One that could not start stops us, unless another has served."""
@@ -4707,11 +4670,10 @@ class Master:
         else:
             cause = f"ended with status {os.WEXITSTATUS(wait_status)}"
         if not self.served:
-            self.status = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else \
-                FAILED_STATUS
             if os.WIFSIGNALED(wait_status):
                 print_line(f"the first worker {cause} before it served")
-            self.status = self.status or FAILED_STATUS
+            self.status = os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) \
+                or FAILED_STATUS
             return self.stop(signal.SIGKILL)
         lived = monotonic() - process.began
         self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
@@ -4729,7 +4691,7 @@ class Master:
                 if now > self.stopping:
                     self.kill(process, signal.SIGKILL)
                 continue
-            beat, _ = self.board.read(process.slot)
+            beat = self.board.beats[process.slot]
             if process.killed_at:
                 if now > process.killed_at + 1.0:
                     self.kill(process, signal.SIGKILL)
@@ -4741,23 +4703,26 @@ class Master:
                 self.kill(process, signal.SIGABRT)
 
 
-def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]],
+def boot(serve: Callable[[Callable, dict], None], load: Callable[[], Optional[Callable]],
          is_target: bool) -> int:
     """Import the application and serve it; the exit status. Errors are the operator's to read."""
+    served = []
+
+    def running(app: Callable, options: dict) -> None:
+        served.append(app)
+        serve(app, options)
+
     if is_target:  # what it imports may call run(), of this file or of a copy of it
         sys.modules["minibottle.running"] = running  # type: ignore[assignment]
     try:
         app = load()
-        if not running.served:
+        if not served:
             if app is None:
                 raise StartError("the target returned without run(), and is no application")
-            running.serve(app, {})
+            running(app, {})
         return 0
-    except UsageError as error:
-        print_line(str(error))
-        return USAGE_STATUS
-    except StartError as error:
-        print_line(str(error))
+    except (UsageError, StartError) as error:
+        return report(error)
     except (EOFError, KeyboardInterrupt):  # the master has ended, or it is told to
         pass
     except SystemExit as error:
@@ -4768,6 +4733,12 @@ def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]],
         if is_target:
             del sys.modules["minibottle.running"]
     return FAILED_STATUS
+
+
+def report(error: Exception) -> int:
+    """Say why the server does not start; the exit status."""
+    print_line(str(error))
+    return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
 
 
 def print_traceback(cause: str, error: BaseException) -> None:
@@ -4783,11 +4754,7 @@ def print_traceback(cause: str, error: BaseException) -> None:
 
 def print_line(text: str) -> None:
     """For the operator, on stderr."""
-    try:
-        sys.stderr.write(f"minibottle: {text}\n")
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):  # none (pythonw), or closed
-        pass
+    write_to(sys.stderr, f"minibottle: {text}\n")
 
 
 def print_started(sockets: List[socket.socket], workers: str) -> None:
@@ -4799,18 +4766,18 @@ def print_started(sockets: List[socket.socket], workers: str) -> None:
 
 def format_address(sock: socket.socket) -> str:
     name = sock.getsockname()
-    if not isinstance(name, tuple):
-        return f"unix:{name}"
-    return f"http://{f'[{name[0]}]' if ':' in name[0] else name[0]}:{name[1]}"
+    return f"http://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
+
+
+def join_port(host: str, port: int) -> str:
+    """("::1", 80) -> "[::1]:80"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def flush_output() -> None:
     """Before a fork, or both processes would write what is buffered."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
+    write_to(sys.stdout)
+    write_to(sys.stderr)
 
 
 def enable_faulthandler() -> None:
@@ -4820,12 +4787,6 @@ def enable_faulthandler() -> None:
         faulthandler.enable()
     except (OSError, ValueError, AttributeError, RuntimeError):  # no stderr
         pass
-
-
-def reseed() -> None:
-    """Or all workers would draw the same numbers."""
-    if "random" in sys.modules:
-        sys.modules["random"].seed()
 
 
 def count_workers(text: str) -> int:
@@ -4846,22 +4807,20 @@ def bind(address: str) -> socket.socket:
 
     Raises UsageError, StartError.
     """
-    if address.startswith("unix:"):
-        return bind_unix(address[5:])
     match = re.fullmatch(ADDRESS, address)
-    if not match or int(match[3]) > 65535:
+    name: Any = address[5:] if address.startswith("unix:") else None
+    if name is not None:
+        family = getattr(socket, "AF_UNIX", None)
+        if family is None:
+            raise UsageError(f"no unix sockets on this system: {address}")
+    elif match and int(match[3]) <= 65535:
+        name = match[1] or match[2] or "0.0.0.0", int(match[3])
+        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
+    else:
         raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
-    host = match[1] or match[2] or "0.0.0.0"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "nt":  # ~SO_REUSEADDR: there, that one lets others take the port
-            sock.setsockopt(socket.SOL_SOCKET, ~socket.SO_REUSEADDR, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, int(match[3])))
+        (bind_unix if type(name) is str else bind_port)(sock, name)
         sock.listen(1024)
     except OSError as error:
         sock.close()
@@ -4869,55 +4828,54 @@ def bind(address: str) -> socket.socket:
     return sock
 
 
-def bind_unix(path: str) -> socket.socket:
-    """A Unix socket, for its owner only (0600). One that nobody listens on any more is replaced."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise UsageError(f"no unix sockets on this system: unix:{path}")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-            try:
-                sock.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            else:
-                raise OSError(errno.EADDRINUSE, "somebody listens there")
-        mask = os.umask(0o177)
+def bind_port(sock: socket.socket, name: Tuple[str, int]) -> None:
+    if os.name == "nt":  # ~SO_REUSEADDR: there, that one lets others take the port
+        sock.setsockopt(socket.SOL_SOCKET, ~socket.SO_REUSEADDR, 1)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(name)
+
+
+def bind_unix(sock: socket.socket, path: str) -> None:
+    """For its owner only (0600). A Unix socket that nobody listens on any more is replaced."""
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         try:
-            sock.bind(path)
-        finally:
-            os.umask(mask)
-        unix_sockets[path] = identity(path)
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise StartError(f"cannot bind to unix:{path}: {error.strerror or error}") from None
-    return sock
+            sock.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "somebody listens there")
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(mask)
+    unix_sockets[path] = identity(path)
 
 
 def bind_all(addresses: Iterable[str]) -> List[socket.socket]:
     """All, or none."""
-    bound: List[str] = []
     sockets = []
     try:
         for address in addresses:
             sockets.append(bind(address))
-            bound.append(address)
     except BaseException:
         for sock in sockets:
             sock.close()
-        unlink_sockets(bound)
+        unlink_sockets()
         raise
     return sockets
 
 
-def unlink_sockets(addresses: Iterable[str]) -> None:
+def unlink_sockets() -> None:
     """Remove the unix sockets that are still ours: another server may have taken the path."""
-    for address in addresses:
-        made = unix_sockets.pop(address[5:], None) if address.startswith("unix:") else None
+    while unix_sockets:
+        path, made = unix_sockets.popitem()
         try:
-            if made and made == identity(address[5:]):
-                os.unlink(address[5:])
+            if made == identity(path):
+                os.unlink(path)
         except OSError:
             pass
 
@@ -4942,7 +4900,7 @@ class Server:
         if "bind" in settings or "workers" in settings:
             raise UsageError("a Server has a host and a port, and no workers; run() has them")
         given = Settings(**settings)
-        self.sock = bind(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        self.sock = bind(join_port(host, port))
         given.workers = "0"
         self.worker = Worker(app, [self.sock], given)
         self.worker.drain_idle_seconds = 0.0  # its clients are of this process
@@ -4979,12 +4937,10 @@ def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Option
     """
     app = app if app is not None else default_app()
     if host is not None or port is not None:
-        host, port = host or "127.0.0.1", 8080 if port is None else port
-        options.setdefault("bind", [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"])
-    running = sys.modules.get("minibottle.running")
+        options.setdefault("bind", join_port(host or "127.0.0.1", 8080 if port is None else port))
+    running: Any = sys.modules.get("minibottle.running")
     if running is not None:
-        running.serve(app, options)
-        return
+        return running(app, options)
     status = start(lambda: app, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
@@ -4998,7 +4954,7 @@ def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
         return Master(load, defaults, flags, is_target).run()
     if why:
         print_line(why)
-    return boot(Alone(defaults, flags), load, is_target)
+    return boot(partial(serve_alone, defaults, flags), load, is_target)
 
 
 def reason_to_be_alone(workers: str) -> Optional[str]:
@@ -5153,8 +5109,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         given = vars(make_parser().parse_args(argv))
     except UsageError as error:
-        print_line(str(error))
-        return USAGE_STATUS
+        return report(error)
     target = given.pop("target")
     flags = {name: value for name, value in given.items() if value is not None}
     import logging
@@ -5165,8 +5120,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         Settings(**flags)
         return start(lambda: load_target(target), {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
-        print_line(str(error))
-        return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
+        return report(error)
 
 
 if __name__ == "__main__":
