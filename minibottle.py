@@ -95,7 +95,7 @@ from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial, partialmethod, wraps
 from http import HTTPStatus
 from importlib import import_module
-from itertools import chain
+from itertools import chain, repeat
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
@@ -2989,8 +2989,7 @@ MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread t
 SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
-PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
-FULL_SECONDS = 3600.0       # at max_connections: until one ends
+PAUSE_SECONDS = 0.5         # no descriptors, or at max_connections: the listeners are left so long
 ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
 DRAIN_IDLE_SECONDS = 2.0    # a draining worker closes what stays idle for so long (RFC 9112 9.3.1)
 SHUT_DOWN_SECONDS = 0.2     # threads that no user code holds end in less
@@ -2999,23 +2998,25 @@ LINGER_SECONDS = 2.0        # input is read and dropped for so long, so that the
 monotonic = time.monotonic
 
 
+def heartbeat_of(settings: Settings) -> float:
+    """Seconds between the looks at what lasts too long."""
+    return min(HEARTBEAT_SECONDS, max(0.5, settings.worker_timeout / 4))
+
+
 class SelectorPoll:
     """select.epoll's methods over `selectors`, for systems that have none. Not as fast."""
 
     def __init__(self) -> None:
         import selectors
         self.selector = selectors.DefaultSelector()
-
-    def register(self, fd: int, mask: int) -> None:
-        self.modify(fd, mask)
+        self.close = self.selector.close
 
     def modify(self, fd: int, mask: int) -> None:
-        events = (mask & IN and 1) | (mask & OUT and 2)  # selectors.EVENT_READ, EVENT_WRITE
-        known = fd in self.selector.get_map()
-        if not events:
-            known and self.selector.unregister(fd)
-        else:
-            (self.selector.modify if known else self.selector.register)(fd, events)
+        self.unregister(fd)
+        if mask != OFF:
+            self.selector.register(fd, {IN: 1, OUT: 2}[mask])  # EVENT_READ, EVENT_WRITE
+
+    register = modify
 
     def unregister(self, fd: int) -> None:
         if fd in self.selector.get_map():
@@ -3024,9 +3025,6 @@ class SelectorPoll:
     def poll(self, timeout: float, maxevents: int) -> List[Tuple[int, int]]:
         ready = self.selector.select(None if timeout < 0 else timeout)
         return [(key.fd, events) for key, events in ready[:maxevents]]
-
-    def close(self) -> None:
-        self.selector.close()
 
 
 class Waker:
@@ -3069,14 +3067,13 @@ class Waker:
 class Hand:
     """A thread, as the others see it."""
 
-    __slots__ = ("table", "wake", "holds", "left", "since", "hung", "exchange", "thread")
+    __slots__ = ("table", "wake", "holds", "since", "hung", "exchange", "thread")
 
     def __init__(self) -> None:
         self.table: List[float] = []  # the ticket (the time the call began) while user code runs
         self.wake = _thread.allocate_lock()
         self.wake.acquire()
         self.holds = False            # it has the loop; only the thread itself clears it
-        self.left = False             # leave() found nobody: the ticket lies there until rejoin()
         self.since = 0.0              # off the loop: when its call began; 0.0: it runs none
         self.hung = 0.0               # the same, of the call that was reported
         self.exchange: Optional["Exchange"] = None  # what it calls for
@@ -3120,8 +3117,17 @@ class Connection:
 
 
 class Loop:
-    """The loop, its threads and its monitor. What is done with a connection, a subclass says: in
-    on_event, advance, perform, on_expired, on_queue_full and on_failure."""
+    """The loop, its threads and its monitor. What is done with a connection, Worker says."""
+
+    on_event: Callable[[Connection, Hand], None]     # the poller has seen it
+    advance: Callable[[Connection, Hand], None]      # it has bytes of a next request
+    call: Callable[["Exchange", Hand], None]         # its request has a thread
+    on_queue_full: Callable[["Exchange", Hand], None]  # its request has none in time
+    on_expired: Callable[[Connection, Hand], None]   # its deadline has passed
+    on_failure: Callable[[Connection, BaseException, Hand], None]  # our own code raised
+    release: Callable[["Exchange", Hand], None]      # its request will not be answered
+    on_turn: Callable[[Hand], None]                  # after each poll
+    on_hung: Callable[[Hand, float], None]           # a call lasts too long
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -3138,11 +3144,13 @@ class Loop:
         self.waiting: Deque[Tuple[float, "Exchange"]] = deque()
         self.spares: List[Hand] = []
         self.hands: List[Hand] = []
-        self.holder = Hand()           # until the first thread is there
+        self.nobody = Hand()           # on its table the ticket lies when no thread is free for it
+        self.nobody.table.append(0.0)
+        self.holder = self.nobody
         self.asleep: List[int] = []    # not empty: the monitor sleeps
         self.listeners: Dict[int, Listener] = {}
-        self.paused = 0.0              # until then the listeners are left; 0.0: they are not
-        self.freed = False             # a connection has ended since: look again
+        self.paused = False            # the listeners are left
+        self.resume_at = 0.0           # until then
         self.draining = 0.0            # until then what is begun may end; 0.0: not draining
         self.drain_began = 0.0
         self.drain_idle_seconds = DRAIN_IDLE_SECONDS
@@ -3150,40 +3158,9 @@ class Loop:
         self.sweep_at = 0.0
         self.soonest = min(settings.header_timeout, settings.body_timeout,
                            settings.keepalive_timeout, settings.write_timeout, LINGER_SECONDS)
-        self.heartbeat = min(HEARTBEAT_SECONDS, max(0.5, settings.worker_timeout / 4))
+        self.heartbeat = heartbeat_of(settings)
         self.beat_at = 0.0
-        self.count = dict.fromkeys((
-            "accepted", "polls", "disarms", "rearms", "handovers", "jobs", "rouses", "looks",
-            "expired", "failed", "queue_full", "hung"), 0)
-
-    # -- what a subclass does --
-
-    def on_event(self, c: Connection, me: Hand) -> None:
-        raise NotImplementedError
-
-    def advance(self, c: Connection, me: Hand) -> None:
-        raise NotImplementedError
-
-    def perform(self, x: "Exchange", me: Hand) -> None:
-        raise NotImplementedError
-
-    def on_expired(self, c: Connection, me: Hand) -> None:
-        raise NotImplementedError
-
-    def on_queue_full(self, x: "Exchange", me: Hand) -> None:
-        raise NotImplementedError
-
-    def on_failure(self, c: Connection, error: BaseException, me: Hand) -> None:
-        raise NotImplementedError
-
-    def on_turn(self, me: Hand) -> None:
-        raise NotImplementedError
-
-    def on_shut_down(self, c: Connection) -> None:
-        raise NotImplementedError
-
-    def on_hung(self, hand: Hand, seconds: float) -> None:
-        raise NotImplementedError
+        self.count = {"polls": 0, "disarms": 0}
 
     def on_heartbeat(self, now: float) -> None:
         """Every few seconds, on the monitor: find the calls that last too long."""
@@ -3194,7 +3171,6 @@ class Loop:
                 since = hand.since
             if since and now - since > self.settings.worker_timeout and since != hand.hung:
                 hand.hung = since
-                self.count["hung"] += 1
                 self.on_hung(hand, now - since)
 
     # -- the monitor --
@@ -3202,13 +3178,8 @@ class Loop:
     def monitor(self) -> None:
         """Run the worker until it is over. The main thread's: signals are served here."""
         sys.setswitchinterval(0.0005)  # a CPU-bound call would cost the loop 5 ms a system call
-        with self.lock:
-            first = self.start_thread()
-            if first is None:
-                raise RuntimeError("no thread could be started")
-            self.holder = first
-            first.holds = True
-        first.wake.release()
+        if not self.hand_over():
+            raise RuntimeError("no thread could be started")
         while not self.over:
             now = monotonic()
             if now >= self.beat_at:
@@ -3216,7 +3187,6 @@ class Loop:
                 self.on_heartbeat(now)
             if self.draining and now > self.draining:
                 break
-            self.count["looks"] += 1
             try:
                 age = now - self.holder.table[-1]
             except IndexError:  # nobody is in user code: sleep until somebody is
@@ -3240,11 +3210,13 @@ class Loop:
             thread.join(max(0.0, deadline - monotonic()))
         for listener in self.listeners.values():
             listener.sock.close()
+        me = Hand()
         for c in list(self.ready.values()):
-            self.on_shut_down(c)
+            if c.exchange is not None:
+                self.release(c.exchange, me)
         for c in list(self.connections.values()):
             self.close(c)
-        self.on_turn(Hand())
+        self.on_turn(me)
         self.poller.close()
         self.waker.close()
         self.bell.close()
@@ -3266,12 +3238,11 @@ class Loop:
             self.asleep.pop()
         except IndexError:  # another was first
             return
-        self.count["rouses"] += 1
         self.bell.wake()
 
     def hand_over(self) -> bool:
-        """The monitor's: the call lasts. First a thread that will take the loop, then the ticket,
-        or there could be a ticket and nobody to take it. False: no thread is to be had."""
+        """The holder's call lasts. First a thread that will take the loop, then the ticket, or
+        there could be a ticket and nobody to take it. False: no thread is to be had."""
         with self.lock:
             hand = self.spares.pop() if self.spares else self.start_thread()
             if hand is None:
@@ -3287,8 +3258,18 @@ class Loop:
             hand.holds = True
             self.holder = hand
         hand.wake.release()
-        self.count["handovers"] += 1
         return True
+
+    def leave(self, me: Hand) -> None:
+        """Give the loop away at once, as what comes may wait for the network: to another thread, or
+        to nobody, where the monitor and the next thread that is free look for it."""
+        if me.holds:
+            me.holds = False
+            with self.lock:
+                self.holder = self.nobody
+                self.nobody.table.append(monotonic())
+            if not self.hand_over() and self.asleep:
+                self.rouse()
 
     # -- threads --
 
@@ -3315,9 +3296,14 @@ class Loop:
                 self.run_loop(me)
             if self.over:
                 return
-            while self.waiting and not me.holds:
+            while self.waiting and not self.nobody.table:
                 self.take_job(me)
             with self.lock:
+                if self.nobody.table:
+                    self.nobody.table.pop()
+                    self.holder = me
+                    me.holds = True
+                    continue
                 if self.waiting or self.over:  # who queues looks for spares here, afterwards
                     continue
                 me.since = 0.0
@@ -3332,22 +3318,21 @@ class Loop:
             me.wake.acquire()  # it was promised meanwhile
 
     def take_job(self, me: Hand) -> None:
+        """Call for the request that waits longest, or refuse it if it has waited too long."""
         try:
             queued, x = self.waiting.popleft()
         except IndexError:
             return
         try:
             if monotonic() > queued + self.settings.queue_timeout:
-                self.count["queue_full"] += 1
                 self.on_queue_full(x, me)
             else:
-                self.perform(x, me)
+                self.call(x, me)
         except Exception as error:
             self.guard(x.connection, error, me)
 
     def enqueue(self, x: "Exchange") -> None:
         """Queue a request for a thread off the loop. One thread is kept for surprises."""
-        self.count["jobs"] += 1
         self.waiting.append((monotonic(), x))
         with self.lock:
             hand = self.spares.pop() if self.spares else None
@@ -3356,54 +3341,23 @@ class Loop:
         if hand is not None:
             hand.wake.release()
 
-    def leave(self, me: Hand) -> None:
-        """Give the loop to another thread at once, as what comes may wait for the network. If there
-        is none, the ticket goes on the table, and the monitor sees to it: rejoin() then."""
-        if not me.holds or me.left:
-            return
-        with self.lock:
-            hand = self.spares.pop() if self.spares else self.start_thread()
-            if hand is not None:
-                me.holds = False
-                hand.holds = True
-                self.holder = hand
-        if hand is not None:
-            hand.wake.release()
-            self.count["handovers"] += 1
-        else:
-            me.left = True
+    def user(self, me: Hand, function: Callable, *args: object) -> Any:
+        """Call what may block, with the ticket on the table; me.holds tells if it is still ours."""
+        if me.holds:
             me.table.append(monotonic())
             if self.asleep:
                 self.rouse()
-
-    def rejoin(self, me: Hand) -> None:
-        """After leave(): take the ticket from the table, if it is still there."""
-        if me.left:
-            me.left = False
-            try:
-                me.table.pop()
-            except IndexError:
-                me.holds = False
-                me.since = 0.0
-
-    def user(self, me: Hand, function: Callable, *args: object) -> Any:
-        """Call what may block, with the ticket on the table; me.holds tells if it is still ours."""
-        if not me.holds or me.left:  # off the loop, or the ticket lies there already
+        else:
             me.since = monotonic()
-            try:
-                return function(*args)
-            finally:
-                me.since = 0.0
-        me.table.append(monotonic())
-        if self.asleep:
-            self.rouse()
         try:
             return function(*args)
         finally:
-            try:
-                me.table.pop()
-            except IndexError:  # the monitor took it: another thread has the loop
-                me.holds = False
+            if me.holds:
+                try:
+                    me.table.pop()
+                except IndexError:  # the monitor took it: another thread has the loop
+                    me.holds = False
+            if not me.holds:
                 me.since = 0.0
 
     # -- the loop --
@@ -3454,7 +3408,6 @@ class Loop:
 
     def guard(self, c: Connection, error: BaseException, me: Hand) -> None:
         """A failure of our own code: it costs this connection."""
-        self.count["failed"] += 1
         try:
             self.on_failure(c, error, me)
         except Exception as second:
@@ -3489,7 +3442,6 @@ class Loop:
             if self.ready.get(c.fd) is c and c.mask != c.want and not self.over:
                 c.mask = c.want
                 self.poller.modify(c.fd, c.want)
-                self.count["rearms"] += 1
         if not self.wakes_poller:
             self.waker.wake()
 
@@ -3499,19 +3451,6 @@ class Loop:
         self.ready[c.fd] = c
         if c.mask != want:
             self.rearm(c)
-
-    def give_again(self, c: Connection, me: Hand) -> None:
-        """Give a connection back that has bytes of a next request."""
-        self.again.append(c)
-        if not me.holds:
-            self.waker.wake()
-
-    def sweep_by(self, deadline: float, me: Hand) -> None:
-        """A deadline sooner than those before it: the loop may sleep until the old time."""
-        if deadline < self.sweep_at:
-            self.sweep_at = deadline
-            if not me.holds:
-                self.waker.wake()
 
     def close(self, c: Connection) -> None:
         """The tables and the poller first, the descriptor last: its number is another's at once."""
@@ -3524,8 +3463,8 @@ class Loop:
                     pass
         c.sock.close()
         c.exchange = None
-        if self.paused:  # only the loop touches the listeners
-            self.freed = True
+        self.resume_at = 0.0
+        if self.paused:
             self.waker.wake()
 
     # -- listeners --
@@ -3539,7 +3478,7 @@ class Loop:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
             if len(self.connections) >= self.settings.max_connections:
-                self.pause(FULL_SECONDS)
+                self.pause(PAUSE_SECONDS)
                 return False
             if not self.draining and self.is_crowded():
                 self.pause(MONITOR_SECONDS)
@@ -3554,42 +3493,37 @@ class Loop:
                     self.pause(PAUSE_SECONDS)
                     return False
                 continue  # this one was gone already
-            self.welcome(sock, peer, listener)
+            sock.setblocking(False)
+            now = monotonic()
+            c = Connection(sock, peer, listener.template, now, now + self.settings.header_timeout)
+            if not self.connections:
+                self.sweep_at = now + self.soonest
+            self.connections[c.fd] = c
+            self.ready[c.fd] = c
+            self.poller.register(c.fd, IN)
         return True
 
     def is_crowded(self) -> bool:
         """Has this worker more than its share of the connections?"""
         return False
 
-    def welcome(self, sock: socket.socket, peer: object, listener: Listener) -> None:
-        sock.setblocking(False)
-        now = monotonic()
-        c = Connection(sock, peer, listener.template, now, now + self.settings.header_timeout)
-        if not self.connections:
-            self.sweep_at = now + self.soonest
-        self.connections[c.fd] = c
-        self.ready[c.fd] = c
-        self.poller.register(c.fd, IN)
-        self.count["accepted"] += 1
-
     def pause(self, seconds: float) -> None:
-        """Leave the listeners for so long."""
+        """Leave the listeners for so long, or until a connection ends."""
+        self.resume_at = monotonic() + seconds
         if not self.paused and not self.draining:
+            self.paused = True
             for fd in self.listeners:
                 self.poller.unregister(fd)
-        self.paused = monotonic() + seconds
-        self.freed = seconds == FULL_SECONDS and \
-            len(self.connections) < self.settings.max_connections
 
     def resume(self) -> None:
-        self.paused = 0.0
+        self.paused = False
         for fd in self.listeners:
             self.poller.register(fd, IN)
 
     # -- deadlines --
 
     def sweep(self, me: Hand, now: float) -> None:
-        if self.paused and (now > self.paused or self.freed):
+        if self.paused and now >= self.resume_at:
             self.resume()
         if self.waiting:
             self.expire_jobs(me, now)
@@ -3599,20 +3533,12 @@ class Loop:
             self.expire(me, now)
 
     def expire_jobs(self, me: Hand, now: float) -> None:
-        """Refuse what has waited too long for a thread. Look before taking: what would be put back
-        needs a waker."""
-        while self.waiting and me.holds:
-            try:
-                if now <= self.waiting[0][0] + self.settings.queue_timeout:
-                    return
-                queued, x = self.waiting.popleft()
-            except IndexError:
-                return
-            if now <= queued + self.settings.queue_timeout:
-                self.enqueue(x)
-                return
-            self.count["queue_full"] += 1
-            self.on_queue_full(x, me)
+        """Refuse what has waited too long for a thread."""
+        try:
+            while me.holds and now > self.waiting[0][0] + self.settings.queue_timeout:
+                self.take_job(me)
+        except IndexError:  # there are no more
+            pass
 
     def drain_idle(self, me: Hand, now: float) -> None:
         """Close the listeners, when their backlog is empty, and what has been idle for a while; a
@@ -3629,24 +3555,16 @@ class Loop:
         for c in list(self.ready.values()):
             if c.phase == IDLE and max(c.since, self.drain_began) + self.drain_idle_seconds < now \
                     and self.ready.pop(c.fd, None) is c:
-                self.on_drained(c, me)
-                if not me.holds:
-                    return
+                try:
+                    c.buf = c.sock.recv(65536)  # a request that is here already is answered
+                except OSError:
+                    pass
+                if c.buf:
+                    self.again.append(c)
+                else:
+                    self.close(c)
         if not self.connections:
-            self.over = True
-            self.bell.wake()
-
-    def on_drained(self, c: Connection, me: Hand) -> None:
-        """Idle: closed, but for a request that is here already."""
-        try:
-            data = c.sock.recv(65536)
-        except OSError:
-            data = b""
-        if not data:
-            self.close(c)
-        else:
-            c.buf = data
-            self.again.append(c)
+            self.stop()
 
     def expire(self, me: Hand, now: float) -> None:
         soonest = now + self.soonest
@@ -3654,7 +3572,6 @@ class Loop:
             if c.deadline > now:
                 soonest = min(soonest, c.deadline)
             elif self.ready.pop(c.fd, None) is c:
-                self.count["expired"] += 1
                 self.on_expired(c, me)
                 if not me.holds:
                     return
@@ -3834,6 +3751,9 @@ class StreamInput(io.RawIOBase):
             self.piece = next(self.decoder)
         except StopIteration:
             self.ended = True
+        except BadRequest:  # nobody knows where the next request begins
+            self.exchange.ending = CLOSE
+            raise
 
     def fill(self) -> None:
         """The next piece, or the end."""
@@ -3927,7 +3847,10 @@ class Worker(Loop):
     def on_event(self, c: Connection, me: Hand) -> None:
         """The poller has seen c, which is ours now. Events mean no more than: try."""
         if c.phase == WRITE:
-            return self.send_rest(c.exchange, me)
+            x = c.exchange
+            if x.result is not None:
+                return self.send_file(x, me)
+            return self.send(x, x.out, monotonic(), me)
         try:
             data = c.sock.recv(RECV_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -3957,17 +3880,15 @@ class Worker(Loop):
     def advance(self, c: Connection, me: Hand) -> None:
         """c.buf has bytes of a head, and perhaps of what follows it."""
         head, end, rest = c.buf.partition(b"\r\n\r\n")
-        if not end or len(head) > self.safe_head:
-            if head[:2] == b"\r\n":  # RFC 9112 2.2: empty lines before a request are ignored
-                return self.skip_empty_lines(c, me)
-            if not self.check_head(c, head, bool(end), me):
-                return
         try:
+            if not end or len(head) > self.safe_head:
+                check_incomplete_head(head, self.settings.max_request_line,
+                                      self.settings.max_header_bytes)
+                if not end:
+                    return self.await_head(c)
             environ = parse_head(head.decode("latin-1"), c.template, self.max_headers)
         except BadRequest as error:
-            if c.buf[:2] == b"\r\n":
-                return self.skip_empty_lines(c, me)
-            return self.refuse(c, error, me)
+            return self.on_bad_head(c, error, me)
         c.buf = rest
         environ["REMOTE_ADDR"] = c.addr
         environ["REMOTE_PORT"] = c.port
@@ -3980,27 +3901,15 @@ class Worker(Loop):
         else:
             self.call(x, me)
 
-    def skip_empty_lines(self, c: Connection, me: Hand) -> None:
-        if c.buf[:8] == b"\r\n" * 4:
-            return self.refuse(c, BadRequest("empty lines and no request"), me)
-        while c.buf[:2] == b"\r\n":
-            c.buf = c.buf[2:]
+    def on_bad_head(self, c: Connection, error: BadRequest, me: Hand) -> None:
+        """RFC 9112 2.2: empty lines before a request are ignored. A few."""
+        if c.buf[:2] != b"\r\n" or c.buf[:8] == b"\r\n" * 4:
+            return self.refuse(c, error, me)
+        c.buf = c.buf[2:]
         if c.buf:
             self.advance(c, me)
         else:
             self.await_head(c)
-
-    def check_head(self, c: Connection, data: bytes, ended: bool, me: Hand) -> bool:
-        """A head that is long or not all here: False if it is refused, or waited for."""
-        settings = self.settings
-        try:
-            check_incomplete_head(data, settings.max_request_line, settings.max_header_bytes)
-        except BadRequest as error:
-            self.refuse(c, error, me)
-            return False
-        if not ended:
-            self.await_head(c)
-        return ended
 
     def await_head(self, c: Connection) -> None:
         if c.phase == IDLE:
@@ -4064,7 +3973,11 @@ class Worker(Loop):
                 if not piece:
                     break
                 body.received += len(piece)
-                self.store(body, piece, me)
+                if body.received <= self.settings.spool_threshold:
+                    body.file.write(piece)
+                else:  # a disk may block
+                    body.file = self.user(me, spool, body.file, piece,
+                                          self.settings.spool_threshold)
             else:
                 return self.collected(x, me)
         except BadRequest as error:
@@ -4072,12 +3985,6 @@ class Worker(Loop):
         timeout = self.settings.body_timeout
         c.deadline = min(monotonic(), body.started + body.received / MIN_BODY_RATE) + timeout
         self.give(c)
-
-    def store(self, body: CollectedBody, piece: bytes, me: Hand) -> None:
-        if body.received <= self.settings.spool_threshold:
-            body.file.write(piece)
-        else:  # a disk may block
-            body.file = self.user(me, spool, body.file, piece, self.settings.spool_threshold)
 
     def collected(self, x: Exchange, me: Hand) -> None:
         environ, body = x.environ, x.body
@@ -4137,10 +4044,6 @@ class Worker(Loop):
             return self.send_list(x, result, now, me)
         self.respond(x, result, me)
 
-    def perform(self, x: Exchange, me: Hand) -> None:
-        """A request from the queue, on a thread off the loop."""
-        self.call(x, me)
-
     # -- answers --
 
     def send_list(self, x: Exchange, result: List[bytes], now: float, me: Hand) -> None:
@@ -4152,13 +4055,8 @@ class Worker(Loop):
         except TypeError as error:
             return self.on_error(x, error, me)
         size = len(body)
-        if size >= self.gzip_min:
-            body = self.compress(x, body, me)
-            size = len(body)
-        if x.bodiless:
-            return self.send_bodiless(x, size, me)
-        if x.length is not None and x.length != size:
-            return self.respond(x, (body,), me)
+        if size >= self.gzip_min or x.bodiless or x.length is not None and x.length != size:
+            return self.send_whole(x, body, me)
         if self.draining:
             x.ending = CLOSE
         lines = x.lines
@@ -4217,14 +4115,6 @@ class Worker(Loop):
         x.sent += len(piece)
         return head + (frame_chunk(piece) if x.chunked else piece)
 
-    def compress(self, x: Exchange, body: bytes, me: Hand) -> bytes:
-        """The body as this client takes it, and x.lines to go with it."""
-        if x.bodiless or x.length not in (None, len(body)):
-            return body
-        if self.negotiate(x, len(body)):
-            body = self.user(me, gzip_bytes, body, self.settings.gzip_level)
-        return body
-
     def negotiate(self, x: Exchange, length: Optional[int]) -> bool:
         """Is the body to be compressed? The header lines say so then."""
         if not self.settings.gzip:
@@ -4236,14 +4126,36 @@ class Worker(Loop):
             x.start_response(x.status, headers)
         return compress
 
-    def send_bodiless(self, x: Exchange, size: int, me: Hand) -> None:
-        """An answer to HEAD, or one that has no body (RFC 9110 6.4.1)."""
-        if not check_status(x.status):
-            if x.length is None and size:
-                x.length = size
-            if self.negotiate(x, x.length):
-                x.length = None
-        self.send(x, self.make_head(x), monotonic(), me)
+    def send_whole(self, x: Exchange, body: bytes, me: Hand) -> None:
+        """What send_list() leaves: a body to be compressed, one that does not fit its
+        Content-Length, or none (RFC 9110 6.4.1)."""
+        size = len(body) or None  # an application may leave out what HEAD does not send
+        length = size if x.length is None else x.length
+        if length != size and not x.bodiless:
+            return self.respond(x, (body,), me)
+        if self.negotiate(x, length):
+            if not x.bodiless:
+                body = self.user(me, gzip_bytes, body, self.settings.gzip_level)
+        elif not check_status(x.status):
+            x.length = length
+        self.send_last(x, body, me)
+
+    def send_last(self, x: Exchange, piece: bytes, me: Hand) -> None:
+        """Send the last of a body, with the head if that is still due, and the end."""
+        if not x.head_sent and x.length is None and not x.bodiless:
+            x.length = len(piece)
+        data = self.frame(x, piece)
+        if x.left:
+            log.error("%s: the answer ended %s bytes short of its Content-Length of %s",
+                      x.describe(), x.left, x.length)
+            return self.abort(x, me)
+        if x.chunked:
+            data += LAST_CHUNK
+        self.close_result(x, me)
+        if data:
+            self.send(x, data, monotonic(), me)
+        else:
+            self.finish(x, monotonic(), me)
 
     def send(self, x: Exchange, data: Any, now: float, me: Hand) -> None:
         """Send the last bytes of an answer; what the socket does not take, the loop sends."""
@@ -4269,12 +4181,6 @@ class Worker(Loop):
         c.want = OUT
         self.give(c)
 
-    def send_rest(self, x: Exchange, me: Hand) -> None:
-        """The socket takes more: of bytes, or of a file."""
-        if x.result is not None:
-            return self.send_file(x, me)
-        self.send(x, x.out, monotonic(), me)
-
     def finish(self, x: Exchange, now: float, me: Hand) -> None:
         """The answer is out: release what the request held, and give the connection back."""
         c = x.connection
@@ -4293,8 +4199,10 @@ class Worker(Loop):
         c.since = now
         c.deadline = now + self.keepalive_timeout
         c.want = IN
-        if c.buf:
-            self.give_again(c, me)
+        if c.buf:  # of a next request
+            self.again.append(c)
+            if not me.holds:
+                self.waker.wake()
         else:
             self.ready[c.fd] = c  # give(), inline
             if c.mask != IN:
@@ -4302,7 +4210,6 @@ class Worker(Loop):
 
     def abort(self, x: Exchange, me: Hand) -> None:
         """The client is gone, or the answer broke off: reset, as it must not look whole."""
-        self.rejoin(me)
         c = x.connection
         try:
             c.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -4331,7 +4238,10 @@ class Worker(Loop):
         c.want = IN
         deadline = c.deadline = monotonic() + LINGER_SECONDS
         self.give(c)
-        self.sweep_by(deadline, me)
+        if deadline < self.sweep_at:  # the loop may sleep until the old time
+            self.sweep_at = deadline
+            if not me.holds:
+                self.waker.wake()
 
     # -- iterators and files --
 
@@ -4339,12 +4249,9 @@ class Worker(Loop):
         """Send what the application returned: any iterable of bytes."""
         x.result = result
         x.connection.exchange = x
-        if type(result) is FileWrapper and x.lines is not None and not x.head_sent \
-                and self.begin_file(x, me):
-            return
+        first = None
         try:
             x.iterator = self.user(me, iter, result)
-            first = None
             if x.lines is None:  # a generator may call start_response when it is first pulled
                 first = self.pull(x, me)
                 if x.lines is None:
@@ -4355,12 +4262,17 @@ class Worker(Loop):
             return self.pump(x, first, me)
         if x.bodiless:
             self.close_result(x, me)
-            return self.send_bodiless(x, 0, me)
-        announced = x.length
-        if self.negotiate(x, announced):
+            return self.send_whole(x, b"", me)
+        announced, size = x.length, size_of_file(result)
+        if self.negotiate(x, size if announced is None else announced):
             pieces = x.iterator if first is None else chain((first,), x.iterator)
             x.iterator = iter_gzip(pieces, self.settings.gzip_level, announced)
             first = None
+        elif size:
+            x.length = size if announced is None else announced
+            x.offset = result.file.tell()
+            x.out = self.make_head(x)
+            return self.send_file(x, me)
         self.pump(x, first, me)
 
     def pull(self, x: Exchange, me: Hand) -> Optional[bytes]:
@@ -4393,7 +4305,7 @@ class Worker(Loop):
             if not me.holds and x.head_sent and x.chunked and self.has_left(x):
                 return self.abort(x, me)
             piece = None
-        self.end_of_body(x, me)
+        self.send_last(x, b"", me)
 
     def has_left(self, x: Exchange) -> bool:
         """Has the reader of an event stream closed its side? Others may do so and still listen."""
@@ -4406,22 +4318,6 @@ class Worker(Loop):
             return False
         except OSError:
             return True
-
-    def end_of_body(self, x: Exchange, me: Hand) -> None:
-        if not x.head_sent and x.length is None:
-            x.length = 0
-        data = self.frame(x, b"") if not x.head_sent else b""
-        if x.left:
-            log.error("%s: the answer ended %s bytes short of its Content-Length of %s",
-                      x.describe(), x.left, x.length)
-            return self.abort(x, me)
-        if x.chunked:
-            data += LAST_CHUNK
-        if data and not self.transmit(x, data, me):
-            return self.abort(x, me)
-        self.close_result(x, me)
-        self.rejoin(me)
-        self.finish(x, monotonic(), me)
 
     def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
         """Send all of it; where the socket takes no more, leave the loop and wait. False: gone."""
@@ -4468,25 +4364,6 @@ class Worker(Loop):
             except BaseException as error:
                 log.error("%s: close() failed", x.describe(), exc_info=error)
 
-    def begin_file(self, x: Exchange, me: Hand) -> bool:
-        """A real file goes out by sendfile. False: it is none, or its bytes must be changed."""
-        file = x.result.file
-        if not hasattr(os, "sendfile") or x.bodiless or not isinstance(
-                getattr(file, "raw", file), io.FileIO):  # gzip.open() has a fileno() too
-            return False
-        try:
-            size = os.fstat(file.fileno()).st_size - file.tell()
-            x.offset = file.tell()
-        except (OSError, ValueError, AttributeError):
-            return False
-        if size <= 0 or self.negotiate(x, size if x.length is None else x.length):
-            return False
-        if x.length is None:
-            x.length = size
-        x.out = self.make_head(x)
-        self.send_file(x, me)
-        return True
-
     def send_file(self, x: Exchange, me: Hand) -> None:
         """Send of the head and the file what the socket takes, up to a turn's worth."""
         c, budget = x.connection, TURN_BYTES
@@ -4518,23 +4395,25 @@ class Worker(Loop):
 
     def on_error(self, x: Exchange, error: BaseException, me: Hand) -> None:
         """The application raised. Before the head an error page, after it a reset."""
-        self.rejoin(me)
-        status, body = "500 Internal Server Error", b"500 Internal Server Error\n"
-        if isinstance(error, BadRequest):  # the body was read as it came
-            note_refusal("%s: %s %s", x.describe(), error.status, printable(error))
-            status, body = format_error(error)
-        elif not isinstance(error, ClientGone):
+        if not isinstance(error, (BadRequest, ClientGone)):
             log.error("%s: unhandled exception", x.describe(), exc_info=error)
         if x.head_sent:
             return self.abort(x, me)
         self.close_result(x, me)
-        if type(x.body) is StreamInput:
-            x.ending = CLOSE
-        self.answer(x, me, status, body)
+        if isinstance(error, BadRequest):  # the body was read as it came
+            return self.answer_error(x, error, me)
+        self.answer(x, me, "500 Internal Server Error", b"500 Internal Server Error\n")
+
+    def answer_error(self, x: Exchange, error: BadRequest, me: Hand) -> None:
+        note_refusal("%s: %s: %s %s", x.connection.addr, x.describe(), error.status,
+                     printable(error))
+        self.answer(x, me, *format_error(error))
 
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
         """An answer of the server's own."""
+        if type(x.body) is StreamInput:
+            x.ending = CLOSE
         x.lines = None
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
         self.send_list(x, [body], monotonic(), me)
@@ -4542,17 +4421,15 @@ class Worker(Loop):
     def refuse(self, c: Connection, error: BadRequest, me: Hand) -> None:
         """Answer once, close, and never look at the rest: after an error in the framing nobody
         knows where the next request begins."""
-        note_refusal("%s: %s %s", printable(c.addr), error.status, printable(error))
-        method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
         x = c.exchange
         if x is None:
+            method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
             x = new_exchange(Exchange)
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         c.buf = b""
         x.ending = CLOSE
-        status, body = format_error(error)
-        self.answer(x, me, status, body)
+        self.answer_error(x, error, me)
 
     def on_expired(self, c: Connection, me: Hand) -> None:
         """A deadline has passed; c is ours."""
@@ -4574,13 +4451,9 @@ class Worker(Loop):
 
     def on_queue_full(self, x: Exchange, me: Hand) -> None:
         """No thread was free in time."""
-        error = ServiceUnavailable(f"no thread was free within {self.settings.queue_timeout} s "
-                                   f"(queue_timeout, max_threads {self.settings.max_threads})")
-        note_refusal("%s: 503 %s", x.describe(), error)
-        if type(x.body) is StreamInput:
-            x.ending = CLOSE
-        status, body = format_error(error)
-        self.answer(x, me, status, body)
+        self.answer_error(x, ServiceUnavailable(
+            f"no thread was free within {self.settings.queue_timeout} s "
+            f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
 
     def on_failure(self, c: Connection, error: BaseException, me: Hand) -> None:
         """Our own code failed: answer 500 if nothing is sent yet, and close."""
@@ -4600,11 +4473,6 @@ class Worker(Loop):
         c.exchange = None
         self.farewell(c, me)
 
-    def on_shut_down(self, c: Connection) -> None:
-        """The grace is over, and c is nobody's."""
-        if c.exchange is not None:
-            self.release(c.exchange, Hand())
-
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
         import traceback
@@ -4620,7 +4488,8 @@ class Worker(Loop):
         """One line a request, in Apache's combined format, written once a turn; a logging record
         only where somebody listens."""
         environ = x.environ
-        line = (f'{printable(environ.get("REMOTE_ADDR") or "-")} - - [{log_time()}] '
+        when = log_time(int(time.time()))
+        line = (f'{printable(environ.get("REMOTE_ADDR") or "-")} - - [{when}] '
                 f'"{environ["REQUEST_METHOD"]} {printable(environ["REQUEST_URI"])} '
                 f'{environ["SERVER_PROTOCOL"]}" {x.status[:3]} {x.sent or "-"} '
                 f'"{printable(environ.get("HTTP_REFERER", "-"))}" '
@@ -4638,7 +4507,7 @@ class Worker(Loop):
         """Write the access log. It may block, as a pipe does."""
         if self.log_lines:
             lines = [self.log_lines.popleft() for _ in range(len(self.log_lines))]
-            self.user(me, write_log, "\n".join(lines) + "\n")
+            self.user(me, write_to, sys.stdout, "\n".join(lines) + "\n")
 
 
 def end_of_head(environ: Dict[str, Any]) -> bytes:
@@ -4649,6 +4518,18 @@ def end_of_head(environ: Dict[str, Any]) -> bytes:
     if environ["SERVER_PROTOCOL"] == "HTTP/1.1":
         return KEEP
     return KEEP_OLD if "keep-alive" in options else CLOSE
+
+
+def size_of_file(result: Any) -> Optional[int]:
+    """Bytes to come of a real file, which goes out by sendfile; None if it is none."""
+    file: Any = result.file if type(result) is FileWrapper else None
+    if not hasattr(os, "sendfile") or not isinstance(
+            getattr(file, "raw", file), io.FileIO):  # gzip.open() has a fileno() too
+        return None
+    try:
+        return max(0, os.fstat(file.fileno()).st_size - file.tell())
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def bytes_queued(sock: socket.socket) -> int:
@@ -4681,23 +4562,20 @@ def free_descriptors() -> int:
 
 
 @lru_cache(maxsize=1)
-def log_time_of(second: int) -> str:
+def log_time(second: int) -> str:
+    """"10/Oct/2000:13:55:36 -0700"."""
     t = time.localtime(second)
     zone = t.tm_gmtoff // 60
     return (f"{t[2]:02d}/{MONTHS[t[1] - 1]}/{t[0]}:{t[3]:02d}:{t[4]:02d}:{t[5]:02d} "
             f"{'-' if zone < 0 else '+'}{abs(zone) // 60:02d}{abs(zone) % 60:02d}")
 
 
-def log_time() -> str:
-    """"10/Oct/2000:13:55:36 -0700"."""
-    return log_time_of(int(time.time()))
-
-
-def write_log(text: str) -> None:
+def write_to(stream: Any, text: str = "") -> None:
+    """Write and flush; the stream may be closed, full, or None (pythonw)."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):  # closed, full, or none at all
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
         pass
 
 
@@ -4722,18 +4600,12 @@ def note_refusal(message: str, *args: object) -> None:
         log.info(message, *args)
 
 
-class LogStream:
+class LogStream(io.TextIOBase):
     """wsgi.errors where there is no stderr."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         log.error("%s", text.rstrip())
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 # === 14. Workers ==============================================================
@@ -4742,7 +4614,6 @@ class LogStream:
 # listeners; it sends what run() was given, and the master adds what the command line says. Counts
 # and heartbeats are in shared memory, so there is no file.
 
-BOARD_SLOT = struct.Struct("dI")     # of a worker: heartbeat (monotonic seconds), connections
 MAX_WORKERS = 1000
 BACKOFF_SECONDS = (1, 2, 4, 8, 16, 30)
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
@@ -4753,25 +4624,23 @@ class StartError(Exception):
 
 
 class Board:
-    """What workers let each other and the master see: shared memory, a slot each."""
+    """What workers let each other and the master see, in shared memory; a worker has a slot."""
 
-    def __init__(self, slots: int) -> None:
-        self.memory = mmap.mmap(-1, slots * BOARD_SLOT.size)
-        self.slots = slots
+    def __init__(self) -> None:
+        shared = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
+        self.beats = shared[:MAX_WORKERS]        # monotonic seconds; 0.0: it does not serve yet
+        self.connections = shared[MAX_WORKERS:]
 
     def write(self, slot: int, connections: int) -> None:
-        BOARD_SLOT.pack_into(self.memory, slot * BOARD_SLOT.size, monotonic(), connections)
-
-    def read(self, slot: int) -> Tuple[float, int]:
-        return BOARD_SLOT.unpack_from(self.memory, slot * BOARD_SLOT.size)
+        self.beats[slot] = monotonic()
+        self.connections[slot] = connections
 
     def clear(self, slot: int) -> None:
-        BOARD_SLOT.pack_into(self.memory, slot * BOARD_SLOT.size, 0.0, 0)
+        self.beats[slot] = self.connections[slot] = 0.0
 
-    def mean(self) -> float:
+    def mean(self, slots: int) -> float:
         """Connections of a worker that serves, on average."""
-        counts = [n for beat, n in map(self.read, range(self.slots)) if beat]
-        return sum(counts) / len(counts) if counts else 0.0
+        return sum(self.connections[:slots]) / max(1, sum(map(bool, self.beats[:slots])))
 
 
 class Served(Worker):
@@ -4780,6 +4649,7 @@ class Served(Worker):
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings,
                  board: Board, slot: int, link: socket.socket) -> None:
         super().__init__(app, sockets, settings)
+        self.workers = count_workers(settings.workers)
         self.board = board
         self.slot = slot
         self.link = link
@@ -4804,73 +4674,56 @@ class Served(Worker):
 
     def is_crowded(self) -> bool:
         """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
-        if self.board.slots == 1:
+        if self.workers < 2:
             return False
         count = len(self.connections)
         self.board.write(self.slot, count)
-        mean = self.board.mean()
-        return count > mean * 1.125 + 2
+        return count > self.board.mean(2 * self.workers) * 1.125 + 2  # those that end have slots
 
 
-class Alone:
-    """What run() finds in sys.modules["minibottle.running"] when there is no master."""
+def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> None:
+    """Serve in this process until a signal; in a thread that is not the main one, for good."""
+    settings = Settings(**{**defaults, **options, **flags})
+    sockets = bind_all(settings.bind)
+    settings.workers = "0"
+    worker = Worker(app, sockets, settings)
 
-    def __init__(self, defaults: dict, flags: dict) -> None:
-        self.defaults = defaults
-        self.flags = flags
-        self.served = False
+    def on_signal(number: int, frame: object) -> None:
+        if worker.draining or number not in (signal.SIGTERM, signal.SIGINT):
+            worker.stop()
+        else:
+            worker.drain()
 
-    def serve(self, app: Callable, options: dict) -> None:
-        """Serve in this process until a signal; in a thread that is not the main one, for good."""
-        self.served = True
-        settings = Settings(**{**self.defaults, **options, **self.flags})
-        sockets = bind_all(settings.bind)
-        settings.workers = "0"
-        worker = Worker(app, sockets, settings)
-        in_main = threading.current_thread() is threading.main_thread()
-        kept = {}
-        if in_main:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                kept[number] = signal.signal(number, second_stops(worker))
-            if hasattr(signal, "SIGQUIT"):
-                kept[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, lambda *_: worker.stop())
-            worker.bell.on_signals()
-        print_started(sockets, "one process")
-        try:
-            worker.monitor()
-        finally:
-            unlink_sockets(settings.bind)
-            for number, handler in kept.items():
-                signal.signal(number, handler)
-
-
-def second_stops(worker: Worker) -> Callable:
-    """A signal handler: drain, and stop at once when it comes again."""
-    return lambda number, frame: worker.stop() if worker.draining else worker.drain()
-
-
-class Child:
-    """What run() finds in sys.modules["minibottle.running"] in a worker of a master."""
-
-    def __init__(self, link: socket.socket, board: Board, slot: int) -> None:
-        self.link = link
-        self.board = board
-        self.slot = slot
-        self.served = False
-
-    def serve(self, app: Callable, options: dict) -> None:
-        """Ask the master for settings and listeners, and serve until it says stop."""
-        self.served = True
-        send_message(self.link, {"options": options})
-        answer, sockets = receive_message(self.link)
-        worker = Served(app, sockets, Settings(**answer["settings"]), self.board, self.slot,
-                        self.link)
-        signal.signal(signal.SIGTERM, lambda number, frame: worker.drain())
-        signal.signal(signal.SIGQUIT, lambda number, frame: worker.stop())
+    numbers: tuple = ()
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
         worker.bell.on_signals()
-        worker.on_heartbeat(monotonic())
-        send_message(self.link, {"ready": os.getpid()})
+    kept = handle(dict.fromkeys(numbers, on_signal))
+    print_started(sockets, "one process")
+    try:
         worker.monitor()
+    finally:
+        unlink_sockets()
+        handle(kept)
+
+
+def serve_as_child(link: socket.socket, board: Board, slot: int, app: Callable,
+                   options: dict) -> None:
+    """Ask the master for settings and listeners, and serve until it says stop."""
+    send_message(link, {"options": options})
+    answer, sockets = receive_message(link)
+    worker = Served(app, sockets, Settings(**answer["settings"]), board, slot, link)
+    handle({signal.SIGTERM: lambda number, frame: worker.drain(),
+            signal.SIGQUIT: lambda number, frame: worker.stop()})
+    worker.bell.on_signals()
+    worker.on_heartbeat(monotonic())
+    send_message(link, {"ready": os.getpid()})
+    worker.monitor()
+
+
+def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
+    """Let these functions handle these signals; returns those that did before."""
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
 def send_message(link: socket.socket, message: dict, fds: Iterable[int] = ()) -> None:
@@ -4927,7 +4780,7 @@ class Master:
         self.reloads = reloads    # load() gets new code; else the application is here already
         self.settings: Any = None  # known when the first worker has booted
         self.sockets: List[socket.socket] = []
-        self.board = Board(MAX_WORKERS)
+        self.board = Board()
         self.workers: Dict[int, Process] = {}
         self.wanted = 1
         self.bell = Waker()
@@ -4942,7 +4795,7 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        kept = {number: signal.signal(number, self.on_signal) for number in self.handled}
+        kept = handle(dict.fromkeys(self.handled, self.on_signal))
         self.bell.on_signals()
         try:
             while self.workers or not self.stopping:
@@ -4955,12 +4808,10 @@ class Master:
         finally:
             for process in self.workers.values():
                 self.kill(process, signal.SIGKILL)
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+            handle(kept)
             for sock in self.sockets:
                 sock.close()
-            if self.settings is not None:
-                unlink_sockets(self.settings.bind)
+            unlink_sockets()
             self.bell.close()
         return self.status
 
@@ -5018,21 +4869,20 @@ class Master:
         """In the new process: become a worker, and end here whatever happens."""
         status = FAILED_STATUS
         try:
-            for number in self.handled:
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, lambda number, frame: None)  # the master's to obey
+            handle({**dict.fromkeys(self.handled, signal.SIG_DFL),
+                    signal.SIGINT: lambda number, frame: None})  # the master's to obey
+            self.bell.close()
             signal.set_wakeup_fd(-1)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
-            self.bell.kept = None
-            self.bell.close()
             for process in self.workers.values():
                 process.link.close()
             for sock in self.sockets:  # they come again over the link
                 sock.close()
             enable_faulthandler()
-            reseed()
-            child = Child(link, self.board, slot)
-            status = boot(child, self.load, self.reloads)
+            if "random" in sys.modules:  # or all workers would draw the same numbers
+                sys.modules["random"].seed()
+            serve = partial(serve_as_child, link, self.board, slot)
+            status = boot(serve, self.load, self.reloads)
             if self.reloads:  # code that was imported here: what it has registered runs here
                 atexit._run_exitfuncs()
         except BaseException as error:
@@ -5043,9 +4893,7 @@ class Master:
 
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
-        timeout = HEARTBEAT_SECONDS
-        if self.settings is not None:
-            timeout = min(timeout, max(0.5, self.settings.worker_timeout / 4))
+        timeout = heartbeat_of(self.settings or DEFAULTS)
         if self.stopping or any(p.killed_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
@@ -5080,8 +4928,7 @@ class Master:
         try:
             self.settle(message["options"])
         except (UsageError, StartError) as error:
-            self.status = USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
-            print_line(str(error))
+            self.status = report(error)
             return self.stop(signal.SIGKILL)
         values = {name: getattr(self.settings, name) for name, _, _ in SETTINGS}
         try:
@@ -5098,33 +4945,21 @@ class Master:
         self.sockets = bind_all(settings.bind)
         self.settings = settings
         self.wanted = max(1, count_workers(settings.workers))  # 0 comes too late: here is a master
-        self.board.slots = self.wanted if self.wanted == 1 else min(self.wanted * 2, MAX_WORKERS)
 
     def reap(self) -> None:
         """Take leave of the workers that have ended. As PID 1, of any orphan too."""
-        while True:
-            try:
-                pid, wait_status = os.waitpid(-1, os.WNOHANG) if os.getpid() == 1 else \
-                    self.waitpid_ours()
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            process = self.workers.pop(pid, None)
-            if process is not None:
-                process.link.close()
-                self.board.clear(process.slot)
-                self.on_end(process, wait_status)
-
-    def waitpid_ours(self) -> Tuple[int, int]:
-        for pid in self.workers:
+        for pid in repeat(-1) if os.getpid() == 1 else list(self.workers):
             try:
                 ended, wait_status = os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:  # somebody else waited for it
                 ended, wait_status = pid, 0
-            if ended:
-                return ended, wait_status
-        return 0, 0
+            process = self.workers.pop(ended, None)
+            if process is not None:
+                process.link.close()
+                self.board.clear(process.slot)
+                self.on_end(process, wait_status)
+            elif pid == -1 and ended <= 0:
+                return
 
     def on_end(self, process: Process, wait_status: int) -> None:
         """A worker has ended. One that could not start stops us, unless another has served."""
@@ -5135,11 +4970,10 @@ class Master:
         else:
             cause = f"ended with status {os.WEXITSTATUS(wait_status)}"
         if not self.served:
-            self.status = os.WEXITSTATUS(wait_status) if os.WIFEXITED(wait_status) else \
-                FAILED_STATUS
             if os.WIFSIGNALED(wait_status):
                 print_line(f"the first worker {cause} before it served")
-            self.status = self.status or FAILED_STATUS
+            self.status = os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) \
+                or FAILED_STATUS
             return self.stop(signal.SIGKILL)
         lived = monotonic() - process.began
         self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
@@ -5157,7 +4991,7 @@ class Master:
                 if now > self.stopping:
                     self.kill(process, signal.SIGKILL)
                 continue
-            beat, _ = self.board.read(process.slot)
+            beat = self.board.beats[process.slot]
             if process.killed_at:
                 if now > process.killed_at + 1.0:
                     self.kill(process, signal.SIGKILL)
@@ -5169,23 +5003,26 @@ class Master:
                 self.kill(process, signal.SIGABRT)
 
 
-def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]],
+def boot(serve: Callable[[Callable, dict], None], load: Callable[[], Optional[Callable]],
          is_target: bool) -> int:
     """Import the application and serve it; the exit status. Errors are the operator's to read."""
+    served = []
+
+    def running(app: Callable, options: dict) -> None:
+        served.append(app)
+        serve(app, options)
+
     if is_target:  # what it imports may call run(), of this file or of a copy of it
         sys.modules["minibottle.running"] = running  # type: ignore[assignment]
     try:
         app = load()
-        if not running.served:
+        if not served:
             if app is None:
                 raise StartError("the target returned without run(), and is no application")
-            running.serve(app, {})
+            running(app, {})
         return 0
-    except UsageError as error:
-        print_line(str(error))
-        return USAGE_STATUS
-    except StartError as error:
-        print_line(str(error))
+    except (UsageError, StartError) as error:
+        return report(error)
     except (EOFError, KeyboardInterrupt):  # the master has ended, or it is told to
         pass
     except SystemExit as error:
@@ -5196,6 +5033,12 @@ def boot(running: Union[Alone, Child], load: Callable[[], Optional[Callable]],
         if is_target:
             del sys.modules["minibottle.running"]
     return FAILED_STATUS
+
+
+def report(error: Exception) -> int:
+    """Say why the server does not start; the exit status."""
+    print_line(str(error))
+    return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
 
 
 def print_traceback(cause: str, error: BaseException) -> None:
@@ -5211,11 +5054,7 @@ def print_traceback(cause: str, error: BaseException) -> None:
 
 def print_line(text: str) -> None:
     """For the operator, on stderr."""
-    try:
-        sys.stderr.write(f"minibottle: {text}\n")
-        sys.stderr.flush()
-    except (OSError, ValueError, AttributeError):  # none (pythonw), or closed
-        pass
+    write_to(sys.stderr, f"minibottle: {text}\n")
 
 
 def print_started(sockets: List[socket.socket], workers: str) -> None:
@@ -5227,18 +5066,18 @@ def print_started(sockets: List[socket.socket], workers: str) -> None:
 
 def format_address(sock: socket.socket) -> str:
     name = sock.getsockname()
-    if not isinstance(name, tuple):
-        return f"unix:{name}"
-    return f"http://{f'[{name[0]}]' if ':' in name[0] else name[0]}:{name[1]}"
+    return f"http://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
+
+
+def join_port(host: str, port: int) -> str:
+    """("::1", 80) -> "[::1]:80"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def flush_output() -> None:
     """Before a fork, or both processes would write what is buffered."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
+    write_to(sys.stdout)
+    write_to(sys.stderr)
 
 
 def enable_faulthandler() -> None:
@@ -5248,12 +5087,6 @@ def enable_faulthandler() -> None:
         faulthandler.enable()
     except (OSError, ValueError, AttributeError, RuntimeError):  # no stderr
         pass
-
-
-def reseed() -> None:
-    """Or all workers would draw the same numbers."""
-    if "random" in sys.modules:
-        sys.modules["random"].seed()
 
 
 def count_workers(text: str) -> int:
@@ -5274,22 +5107,20 @@ def bind(address: str) -> socket.socket:
 
     Raises UsageError, StartError.
     """
-    if address.startswith("unix:"):
-        return bind_unix(address[5:])
     match = re.fullmatch(ADDRESS, address)
-    if not match or int(match[3]) > 65535:
+    name: Any = address[5:] if address.startswith("unix:") else None
+    if name is not None:
+        family = getattr(socket, "AF_UNIX", None)
+        if family is None:
+            raise UsageError(f"no unix sockets on this system: {address}")
+    elif match and int(match[3]) <= 65535:
+        name = match[1] or match[2] or "0.0.0.0", int(match[3])
+        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
+    else:
         raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
-    host = match[1] or match[2] or "0.0.0.0"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if os.name == "nt":  # ~SO_REUSEADDR: there, that one lets others take the port
-            sock.setsockopt(socket.SOL_SOCKET, ~socket.SO_REUSEADDR, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, int(match[3])))
+        (bind_unix if type(name) is str else bind_port)(sock, name)
         sock.listen(1024)
     except OSError as error:
         sock.close()
@@ -5297,55 +5128,54 @@ def bind(address: str) -> socket.socket:
     return sock
 
 
-def bind_unix(path: str) -> socket.socket:
-    """A Unix socket, for its owner only (0600). One that nobody listens on any more is replaced."""
-    if not hasattr(socket, "AF_UNIX"):
-        raise UsageError(f"no unix sockets on this system: unix:{path}")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-            try:
-                sock.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            else:
-                raise OSError(errno.EADDRINUSE, "somebody listens there")
-        mask = os.umask(0o177)
+def bind_port(sock: socket.socket, name: Tuple[str, int]) -> None:
+    if os.name == "nt":  # ~SO_REUSEADDR: there, that one lets others take the port
+        sock.setsockopt(socket.SOL_SOCKET, ~socket.SO_REUSEADDR, 1)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(name)
+
+
+def bind_unix(sock: socket.socket, path: str) -> None:
+    """For its owner only (0600). A Unix socket that nobody listens on any more is replaced."""
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         try:
-            sock.bind(path)
-        finally:
-            os.umask(mask)
-        unix_sockets[path] = identity(path)
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise StartError(f"cannot bind to unix:{path}: {error.strerror or error}") from None
-    return sock
+            sock.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "somebody listens there")
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(mask)
+    unix_sockets[path] = identity(path)
 
 
 def bind_all(addresses: Iterable[str]) -> List[socket.socket]:
     """All, or none."""
-    bound: List[str] = []
     sockets = []
     try:
         for address in addresses:
             sockets.append(bind(address))
-            bound.append(address)
     except BaseException:
         for sock in sockets:
             sock.close()
-        unlink_sockets(bound)
+        unlink_sockets()
         raise
     return sockets
 
 
-def unlink_sockets(addresses: Iterable[str]) -> None:
+def unlink_sockets() -> None:
     """Remove the unix sockets that are still ours: another server may have taken the path."""
-    for address in addresses:
-        made = unix_sockets.pop(address[5:], None) if address.startswith("unix:") else None
+    while unix_sockets:
+        path, made = unix_sockets.popitem()
         try:
-            if made and made == identity(address[5:]):
-                os.unlink(address[5:])
+            if made == identity(path):
+                os.unlink(path)
         except OSError:
             pass
 
@@ -5370,7 +5200,7 @@ class Server:
         if "bind" in settings or "workers" in settings:
             raise UsageError("a Server has a host and a port, and no workers; run() has them")
         given = Settings(**settings)
-        self.sock = bind(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        self.sock = bind(join_port(host, port))
         given.workers = "0"
         self.worker = Worker(app, [self.sock], given)
         self.worker.drain_idle_seconds = 0.0  # its clients are of this process
@@ -5407,12 +5237,10 @@ def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Option
     """
     app = app if app is not None else default_app()
     if host is not None or port is not None:
-        host, port = host or "127.0.0.1", 8080 if port is None else port
-        options.setdefault("bind", [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"])
-    running = sys.modules.get("minibottle.running")
+        options.setdefault("bind", join_port(host or "127.0.0.1", 8080 if port is None else port))
+    running: Any = sys.modules.get("minibottle.running")
     if running is not None:
-        running.serve(app, options)
-        return
+        return running(app, options)
     status = start(lambda: app, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
@@ -5426,7 +5254,7 @@ def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
         return Master(load, defaults, flags, is_target).run()
     if why:
         print_line(why)
-    return boot(Alone(defaults, flags), load, is_target)
+    return boot(partial(serve_alone, defaults, flags), load, is_target)
 
 
 def reason_to_be_alone(workers: str) -> Optional[str]:
@@ -5581,8 +5409,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         given = vars(make_parser().parse_args(argv))
     except UsageError as error:
-        print_line(str(error))
-        return USAGE_STATUS
+        return report(error)
     target = given.pop("target")
     flags = {name: value for name, value in given.items() if value is not None}
     import logging
@@ -5593,8 +5420,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         Settings(**flags)
         return start(lambda: load_target(target), {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
-        print_line(str(error))
-        return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
+        return report(error)
 
 
 if __name__ == "__main__":

@@ -4400,6 +4400,9 @@ class ServedRequestTest(WireTest):
 
     def test_a_line_end_before_the_request_is_ignored(self):
         self.environ(b"\r\n" + get())                          # RFC 9112 2.2
+        app = Recorder()
+        wire = self.connect(self.serve(app)).send(b"\r", b"\n", b"\r\nGET", get()[3:])
+        self.assertEqual((wire.answer().status, len(app.calls)), (200, 1))
 
     def test_a_field_with_an_underscore_is_dropped(self):
         self.assertNotIn("HTTP_X_Y", self.environ(get("/", "X_Y: a")))
@@ -4916,6 +4919,16 @@ class GzipTest(WireTest):
             self.headers = [TEXT] + extra
             self.assert_gzipped(self.ask())
             self.assert_plain(self.ask(None))
+
+    def test_a_file_is_compressed_whole(self):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(PAGE)
+            file.flush()
+            self.body = lambda: minibottle.FileWrapper(open(file.name, "rb"))
+            for extra in ([], [("Content-Length", str(len(PAGE)))]):
+                self.headers = [TEXT] + extra
+                self.assert_gzipped(self.ask())
+                self.assert_plain(self.ask(None))
 
     def test_each_piece_of_a_stream_arrives_before_the_next_is_made(self):
         pieces = queue.Queue()
@@ -5678,6 +5691,18 @@ class InThreadTest(unittest.TestCase):
                 self.assertEqual(len(pieces), i + 1)
             sock.sendall(get("/", "Connection: close"))
             self.assertRegex(read_all(sock), rb"(?s)(ten bytes\.){3}HTTP/1.1 200 .*World!\Z")
+
+    def test_nothing_is_read_after_a_broken_body_even_if_the_application_hides_the_error(self):
+        app = self.make_app()
+
+        @app.post("/stream", stream=True)
+        def stream(request):
+            with contextlib.suppress(BadRequest):
+                request.environ["wsgi.input"].read()
+            return "hidden"
+        with connect(self.serve(app).url) as sock:
+            sock.sendall(chunked(b"x\r\n" + get(), path="/stream"))
+            self.assertRegex(read_all(sock), rb"(?s)^HTTP/1.1 200 .*hidden\Z")
 
     def test_a_body_may_be_refused_before_it_has_come(self):
         app = self.make_app()
