@@ -110,7 +110,7 @@ __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "app default_app route get post put delete patch error hook url run "
     "TestClient Server Settings GzipMiddleware "
-    "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
+    "static_file MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
     "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
 ).split()
 
@@ -298,10 +298,38 @@ def http_date(value: Any) -> str:
     return format_date(time.gmtime(value) if isinstance(value, (int, float)) else value)
 
 
+def parse_date(text: str) -> Optional[float]:
+    """An HTTP date in any of its three forms (RFC 9110 5.6.7) -> a timestamp; None if it is none."""
+    from calendar import timegm
+    from email.utils import parsedate_tz
+    try:
+        parts: Any = parsedate_tz(text)
+        return timegm(parts[:6] + (0, 0, 0)) - (parts[9] or 0)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
 def html_escape(text: str) -> str:
     """Make text safe in HTML, also in a quoted attribute: "<a>" -> "&lt;a&gt;"."""
     return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             .replace('"', "&quot;").replace("'", "&#039;"))
+
+
+def html_quote(text: str) -> str:
+    """The value of an HTML attribute, with its quotes: 'a"' -> '"a&quot;"'."""
+    text = html_escape(text).replace("\n", "&#10;").replace("\r", "&#13;").replace("\t", "&#9;")
+    return f'"{text}"'
+
+
+def path_shift(script_name: str, path_info: str, shift: int = 1) -> Tuple[str, str]:
+    """Move segments of a path over: ("/a", "/b/c") -> ("/a/b", "/c"); back, if shift is negative."""
+    script = [part for part in script_name.strip("/").split("/") if part]
+    path = [part for part in path_info.strip("/").split("/") if part]
+    parts, at = script + path, len(script) + shift
+    if not 0 <= at <= len(parts):
+        raise AssertionError(f"cannot shift {script_name!r} and {path_info!r} by {shift}")
+    end = "/" if path_info.endswith("/") and parts[at:] else ""
+    return "/" + "/".join(parts[:at]), "/" + "/".join(parts[at:]) + end
 
 
 def json_default(value: object) -> object:
@@ -1553,19 +1581,23 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
 # leave alone is in negotiate_gzip.
 
 class FileWrapper:
-    """wsgi.file_wrapper (PEP 3333): iterates over a file; our server uses sendfile instead."""
+    """wsgi.file_wrapper (PEP 3333): iterates over a file, or `length` bytes of it from where it
+    stands; our server uses sendfile instead."""
 
-    def __init__(self, file: BinaryIO, block_size: int = 1 << 16) -> None:
+    def __init__(self, file: BinaryIO, block_size: int = 1 << 16,
+                 length: int = sys.maxsize) -> None:
         self.file = file
         self.block_size = block_size
+        self.left = length  # bytes to come, at most
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        piece = self.file.read(self.block_size)
+        piece = self.file.read(min(self.block_size, self.left))
         if not piece:
             raise StopIteration
+        self.left -= len(piece)
         return piece
 
     def close(self) -> None:
@@ -1711,6 +1743,197 @@ class GzipMiddleware:
         if compress and environ["REQUEST_METHOD"] != "HEAD":
             pieces = iter_gzip(pieces, self.level)
         return ClosingIterator(pieces.__next__, close)
+
+
+# -- files by their name --
+
+WINDOWS_NAME = r"(?:^|\\)(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³])(?=[ .\\]|$)|:"
+ENTITY_TAG = r'(?:W/)?"[^"]*"'
+MAX_RANGES = 5
+
+
+def safe_join(root: str, filename: str, path: Any = os.path) -> Optional[str]:
+    """The absolute path of `filename` below `root`; None if it is not below. Links are followed.
+
+    On Windows None also for what is a device (NUL, com1.txt), a stream or on another drive.
+    """
+    base = path.join(path.abspath(root), "")
+    found = path.abspath(path.join(base, os.fspath(filename).strip("/\\")))
+    if "\0" in filename or not found.startswith(base):
+        return None
+    if path.sep == "\\" and re.search(WINDOWS_NAME, found[len(base):], re.IGNORECASE):
+        return None
+    return found
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a file that is one: no directory, and no pipe (it would block). Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+    return open(path, "rb")
+
+
+def open_variant(path: str, answer: HTTPResponse) -> BinaryIO:
+    """The file, or the gzip sibling that is made of it, where the client accepts that."""
+    file = open_regular(path)
+    try:
+        sibling = open_regular(path + ".gz")
+    except OSError:
+        return file
+    chosen, other = file, sibling
+    if os.fstat(sibling.fileno()).st_mtime >= os.fstat(file.fileno()).st_mtime:  # not outdated
+        answer.add_header("Vary", "Accept-Encoding")
+        if accepts_gzip(request.get("HTTP_ACCEPT_ENCODING", "")[:500]):
+            answer.set_header("Content-Encoding", "gzip")
+            chosen, other = sibling, file
+    other.close()
+    return chosen
+
+
+def guess_content_type(name: str, charset: str) -> str:
+    """"a.html" -> "text/html; charset=UTF-8". What is packed is not unpacked on the way."""
+    import mimetypes
+    kind, packed = mimetypes.guess_type(name)
+    if packed:
+        kind = "application/gzip" if packed == "gzip" else f"application/x-{packed}"
+    return with_charset(kind or "application/octet-stream", charset)
+
+
+def with_charset(kind: str, charset: str) -> str:
+    is_text = kind.startswith("text/") or kind == "application/javascript"
+    return f"{kind}; charset={charset}" if charset and is_text and "charset=" not in kind else kind
+
+
+def format_attachment(name: str) -> str:
+    """A Content-Disposition (RFC 6266) that names a download; RFC 8187 for what is not ASCII."""
+    name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
+    plain = re.sub(r'[^ -~]|["%]', "_", name)
+    exact = quote(name, safe="!#$&+-.^_`|~", errors="replace")
+    return f'attachment; filename="{plain}"' + (f"; filename*=UTF-8''{exact}"
+                                                if plain != name else "")
+
+
+def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
+    """"bytes=10-15,-5" of 100 bytes -> [(10, 16), (95, 100)]: the ranges that are there.
+
+    [] if there is none, or the header is malformed (RFC 9110 14.1.1, 14.1.2).
+    """
+    unit, _, text = header.partition("=")
+    ranges = []
+    for part in text.split(","):
+        match = re.fullmatch("[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", part)
+        first, last = match.groups() if match else ("", "")
+        if unit.lower() != "bytes" or not first + last or first and last and int(last) < int(first):
+            return []
+        start = int(first) if first else max(0, maxlen - int(last))
+        end = min(int(last) + 1, maxlen) if first and last else maxlen
+        if start < end:
+            ranges.append((start, end))
+    return ranges
+
+
+def check_conditions(tag: str, modified: int) -> int:
+    """RFC 9110 13.2.2, in its order: 412, 304, or 0 to go on."""
+    def matches(header: str, weakly: bool) -> bool:
+        tags = re.findall(ENTITY_TAG, header)
+        if weakly:  # RFC 9110 8.8.3.2
+            return header == "*" or tag.replace("W/", "") in [t.replace("W/", "") for t in tags]
+        return header == "*" or tag in tags and tag[:1] == '"'
+
+    if request.method not in ("GET", "HEAD"):
+        return 0
+    if request.get("HTTP_IF_MATCH"):
+        if not matches(request["HTTP_IF_MATCH"], weakly=False):
+            return 412
+    elif modified > (parse_date(request.get("HTTP_IF_UNMODIFIED_SINCE", "")) or modified):
+        return 412
+    if request.get("HTTP_IF_NONE_MATCH"):
+        return 304 if matches(request["HTTP_IF_NONE_MATCH"], weakly=True) else 0
+    since = parse_date(request.get("HTTP_IF_MODIFIED_SINCE", "").partition(";")[0])
+    return 304 if since is not None and modified <= since else 0
+
+
+def wanted_ranges(size: int, tag: str, modified: int) -> Optional[List[Tuple[int, int]]]:
+    """What to send of a file: None: all; [(start, end)]; [] if what is wanted is not there."""
+    header = request.get("HTTP_RANGE", "")
+    condition = request.get("HTTP_IF_RANGE")
+    if request.method != "GET" or header[:6].lower() != "bytes=" or not size:
+        return None
+    # RFC 9110 13.1.5: a strong tag, or a date that is one (8.8.2.2): not of this very second.
+    is_strong = tag[:1] == '"' if condition == tag else \
+        condition == http_date(modified) and modified + 1 < time.time()
+    if condition and not is_strong:
+        return None
+    ranges = sorted(parse_range_header(header, size))
+    if len(ranges) > MAX_RANGES or any(a[1] > b[0] for a, b in zip(ranges, ranges[1:])):
+        return None  # RFC 9110 14.2: many, or overlapping
+    return parse_range_header(header, size)[:1]  # RFC 9110 15.3.7: a part of them will do
+
+
+def static_file(filename: str, root: str, mimetype: Union[bool, str] = True,
+                download: Union[bool, str] = False, charset: str = "UTF-8",
+                etag: Union[None, bool, str] = None, headers: Any = None, *,
+                precompressed: bool = False) -> HTTPResponse:
+    """Answer with a file below `root`: static_file("a/b.css", root="./static").
+
+    It honours conditions and a range. `download`: as an attachment, of that name if it is a str.
+    `etag`: False for none. `precompressed`: send b.css.gz instead, if there is one, to who accepts
+    it. Returns HTTPError 403 for what is not below root, or not readable, and 404.
+    """
+    path = safe_join(root, filename)
+    if path is None:
+        return HTTPError(403, "Access denied.")
+    answer = HTTPResponse(headers=headers)
+    try:
+        file = open_variant(path, answer) if precompressed else open_regular(path)
+    except PermissionError:
+        return HTTPError(403, "You do not have permission to access this file.")
+    except (OSError, ValueError):  # ValueError: no name that a file can have
+        return HTTPError(404, "File does not exist.")
+    if mimetype is True:
+        name = download if isinstance(download, str) else path
+        answer.content_type = guess_content_type(name, charset)
+    elif mimetype:
+        answer.content_type = with_charset(mimetype, charset)
+    if download:
+        answer.set_header("Content-Disposition", format_attachment(
+            os.path.basename(path) if download is True else download))
+    return fill_in(answer, file, etag)
+
+
+def fill_in(answer: HTTPResponse, file: BinaryIO, etag: Union[None, bool, str]) -> HTTPResponse:
+    """The answer with the file, or what the request's conditions and range make of it."""
+    info = os.fstat(file.fileno())
+    size, modified = info.st_size, int(info.st_mtime)
+    tag = ""
+    if etag is not False:  # the same on every machine that has a copy of the file with its time
+        tag = etag if isinstance(etag, str) else f"{info.st_mtime_ns:x}-{size:x}"
+        answer.headers["ETag"] = tag = tag if '"' in tag else f'"{tag}"'
+    answer.headers["Last-Modified"] = http_date(modified)
+    answer.headers["Date"] = http_date(time.time())
+    answer.headers["Accept-Ranges"] = "bytes"
+    status = check_conditions(tag, modified)
+    ranges = wanted_ranges(size, tag, modified)
+    if status or ranges == []:
+        file.close()
+    if status == 304:
+        answer.status = status
+        return answer
+    if status:
+        return HTTPError(status, "The file is not the one that the request is about.")
+    if ranges == []:
+        return HTTPError(416, "Requested range not satisfiable.",
+                         headers={"Content-Range": f"bytes */{size}"})
+    answer.body = file
+    if ranges:
+        (start, end), = ranges
+        answer.status = 206
+        answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        file.seek(start)
+        size = end - start
+        answer.body = FileWrapper(file, length=size)
+    answer.content_length = size
+    return answer
 
 
 # === 8. Router ================================================================
@@ -2392,6 +2615,8 @@ class App:
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
+        if isinstance(out, FileWrapper):
+            return out
         if hasattr(out, "__iter__"):
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
@@ -4184,7 +4409,7 @@ class Worker(Loop):
                 getattr(file, "raw", file), io.FileIO):  # gzip.open() has a fileno() too
             return False
         try:
-            size = os.fstat(file.fileno()).st_size - file.tell()
+            size = min(os.fstat(file.fileno()).st_size - file.tell(), x.result.left)
             x.offset = file.tell()
         except (OSError, ValueError, AttributeError):
             return False
