@@ -1748,7 +1748,6 @@ class GzipMiddleware:
 # -- files by their name --
 
 WINDOWS_NAME = r"(?:^|\\)(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³])(?=[ .\\]|$)|:"
-ENTITY_TAG = r'(?:W/)?"[^"]*"'
 MAX_RANGES = 5
 
 
@@ -1758,7 +1757,7 @@ def safe_join(root: str, filename: str, path: Any = os.path) -> Optional[str]:
     On Windows None also for what is a device (NUL, com1.txt), a stream or on another drive.
     """
     base = path.join(path.abspath(root), "")
-    found = path.abspath(path.join(base, os.fspath(filename).strip("/\\")))
+    found = path.abspath(path.join(base, filename.strip("/\\")))
     if "\0" in filename or not found.startswith(base):
         return None
     if path.sep == "\\" and re.search(WINDOWS_NAME, found[len(base):], re.IGNORECASE):
@@ -1766,42 +1765,27 @@ def safe_join(root: str, filename: str, path: Any = os.path) -> Optional[str]:
     return found
 
 
-def open_regular(path: str) -> BinaryIO:
-    """Open a file that is one: no directory, and no pipe (it would block). Raises OSError."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+def open_file(path: str, answer: HTTPResponse, precompressed: bool) -> BinaryIO:
+    """Open it, or the gzip sibling that is made of it. Raises OSError, also for a directory."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # opening a pipe would block
         raise FileNotFoundError(errno.ENOENT, "no regular file", path)
-    return open(path, "rb")
-
-
-def open_variant(path: str, answer: HTTPResponse) -> BinaryIO:
-    """The file, or the gzip sibling that is made of it, where the client accepts that."""
-    file = open_regular(path)
-    try:
-        sibling = open_regular(path + ".gz")
-    except OSError:
-        return file
-    chosen, other = file, sibling
-    if os.fstat(sibling.fileno()).st_mtime >= os.fstat(file.fileno()).st_mtime:  # not outdated
+    packed = path + ".gz"
+    if precompressed and os.path.isfile(packed) and os.path.getmtime(packed) >= info.st_mtime:
         answer.add_header("Vary", "Accept-Encoding")
         if accepts_gzip(request.get("HTTP_ACCEPT_ENCODING", "")[:500]):
             answer.set_header("Content-Encoding", "gzip")
-            chosen, other = sibling, file
-    other.close()
-    return chosen
+            path = packed
+    return open(path, "rb")
 
 
-def guess_content_type(name: str, charset: str) -> str:
-    """"a.html" -> "text/html; charset=UTF-8". What is packed is not unpacked on the way."""
+def guess_type(name: str) -> str:
+    """"a.html" -> "text/html"; "a.tar.gz" -> "application/gzip": nobody unpacks it on the way."""
     import mimetypes
     kind, packed = mimetypes.guess_type(name)
     if packed:
-        kind = "application/gzip" if packed == "gzip" else f"application/x-{packed}"
-    return with_charset(kind or "application/octet-stream", charset)
-
-
-def with_charset(kind: str, charset: str) -> str:
-    is_text = kind.startswith("text/") or kind == "application/javascript"
-    return f"{kind}; charset={charset}" if charset and is_text and "charset=" not in kind else kind
+        return "application/gzip" if packed == "gzip" else f"application/x-{packed}"
+    return kind or "application/octet-stream"
 
 
 def format_attachment(name: str) -> str:
@@ -1809,8 +1793,8 @@ def format_attachment(name: str) -> str:
     name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
     plain = re.sub(r'[^ -~]|["%]', "_", name)
     exact = quote(name, safe="!#$&+-.^_`|~", errors="replace")
-    return f'attachment; filename="{plain}"' + (f"; filename*=UTF-8''{exact}"
-                                                if plain != name else "")
+    more = f"; filename*=UTF-8''{exact}" if plain != name else ""
+    return f'attachment; filename="{plain}"{more}'
 
 
 def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
@@ -1818,12 +1802,11 @@ def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
 
     [] if there is none, or the header is malformed (RFC 9110 14.1.1, 14.1.2).
     """
-    unit, _, text = header.partition("=")
     ranges = []
-    for part in text.split(","):
+    for part in header.partition("=")[2].split(","):
         match = re.fullmatch("[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", part)
         first, last = match.groups() if match else ("", "")
-        if unit.lower() != "bytes" or not first + last or first and last and int(last) < int(first):
+        if not first + last or first and last and int(last) < int(first):
             return []
         start = int(first) if first else max(0, maxlen - int(last))
         end = min(int(last) + 1, maxlen) if first and last else maxlen
@@ -1832,42 +1815,36 @@ def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
     return ranges
 
 
-def check_conditions(tag: str, modified: int) -> int:
-    """RFC 9110 13.2.2, in its order: 412, 304, or 0 to go on."""
-    def matches(header: str, weakly: bool) -> bool:
-        tags = re.findall(ENTITY_TAG, header)
-        if weakly:  # RFC 9110 8.8.3.2
-            return header == "*" or tag.replace("W/", "") in [t.replace("W/", "") for t in tags]
-        return header == "*" or tag in tags and tag[:1] == '"'
-
-    if request.method not in ("GET", "HEAD"):
-        return 0
-    if request.get("HTTP_IF_MATCH"):
-        if not matches(request["HTTP_IF_MATCH"], weakly=False):
-            return 412
-    elif modified > (parse_date(request.get("HTTP_IF_UNMODIFIED_SINCE", "")) or modified):
-        return 412
-    if request.get("HTTP_IF_NONE_MATCH"):
-        return 304 if matches(request["HTTP_IF_NONE_MATCH"], weakly=True) else 0
-    since = parse_date(request.get("HTTP_IF_MODIFIED_SINCE", "").partition(";")[0])
-    return 304 if since is not None and modified <= since else 0
-
-
-def wanted_ranges(size: int, tag: str, modified: int) -> Optional[List[Tuple[int, int]]]:
-    """What to send of a file: None: all; [(start, end)]; [] if what is wanted is not there."""
-    header = request.get("HTTP_RANGE", "")
-    condition = request.get("HTTP_IF_RANGE")
+def wanted_range(size: int, tag: str, modified: int) -> Optional[Tuple[int, int]]:
+    """What to send of a file: None: all; (start, end); (0, 0) if what is wanted is not there."""
+    header, condition = request.get("HTTP_RANGE", ""), request.get("HTTP_IF_RANGE")
     if request.method != "GET" or header[:6].lower() != "bytes=" or not size:
         return None
     # RFC 9110 13.1.5: a strong tag, or a date that is one (8.8.2.2): not of this very second.
-    is_strong = tag[:1] == '"' if condition == tag else \
-        condition == http_date(modified) and modified + 1 < time.time()
-    if condition and not is_strong:
+    if condition and (condition != tag or tag[:1] != '"') and (
+            condition != http_date(modified) or modified + 1 >= time.time()):
         return None
-    ranges = sorted(parse_range_header(header, size))
-    if len(ranges) > MAX_RANGES or any(a[1] > b[0] for a, b in zip(ranges, ranges[1:])):
+    ranges = parse_range_header(header, size)
+    ordered = sorted(ranges)
+    if len(ranges) > MAX_RANGES or any(a[1] > b[0] for a, b in zip(ordered, ordered[1:])):
         return None  # RFC 9110 14.2: many, or overlapping
-    return parse_range_header(header, size)[:1]  # RFC 9110 15.3.7: a part of them will do
+    return ranges[0] if ranges else (0, 0)  # RFC 9110 15.3.7: one of several will do
+
+
+def check_conditions(tag: str, modified: int) -> int:
+    """RFC 9110 13.2.2, in its order: 412, 304, or 200."""
+    match, unless, none, since = (request.get("HTTP_IF_" + name) for name in (
+        "MATCH", "UNMODIFIED_SINCE", "NONE_MATCH", "MODIFIED_SINCE"))
+    if request.method not in ("GET", "HEAD"):
+        return 200
+    if match:
+        if match != "*" and (tag[:1] != '"' or tag not in re.findall(r'(?:W/)?"[^"]*"', match)):
+            return 412
+    elif unless and modified > (parse_date(unless) or modified):
+        return 412
+    if none:
+        return 304 if none == "*" or tag.replace("W/", "") in re.findall('"[^"]*"', none) else 200
+    return 304 if since and modified <= (parse_date(since) or -1) else 200
 
 
 def static_file(filename: str, root: str, mimetype: Union[bool, str] = True,
@@ -1885,54 +1862,50 @@ def static_file(filename: str, root: str, mimetype: Union[bool, str] = True,
         return HTTPError(403, "Access denied.")
     answer = HTTPResponse(headers=headers)
     try:
-        file = open_variant(path, answer) if precompressed else open_regular(path)
+        file = open_file(path, answer, precompressed)
     except PermissionError:
         return HTTPError(403, "You do not have permission to access this file.")
     except (OSError, ValueError):  # ValueError: no name that a file can have
         return HTTPError(404, "File does not exist.")
-    if mimetype is True:
-        name = download if isinstance(download, str) else path
-        answer.content_type = guess_content_type(name, charset)
-    elif mimetype:
-        answer.content_type = with_charset(mimetype, charset)
+    name = download if isinstance(download, str) else os.path.basename(path)
+    kind = guess_type(name) if mimetype is True else mimetype
+    if kind and charset and re.match(r"(?!.*charset=)(text/|application/javascript$)", kind):
+        kind += f"; charset={charset}"
+    if kind:
+        answer.content_type = kind
     if download:
-        answer.set_header("Content-Disposition", format_attachment(
-            os.path.basename(path) if download is True else download))
-    return fill_in(answer, file, etag)
+        answer.set_header("Content-Disposition", format_attachment(name))
+    return send_open_file(answer, file, etag)
 
 
-def fill_in(answer: HTTPResponse, file: BinaryIO, etag: Union[None, bool, str]) -> HTTPResponse:
-    """The answer with the file, or what the request's conditions and range make of it."""
+def send_open_file(answer: HTTPResponse, file: BinaryIO,
+                   etag: Union[None, bool, str]) -> HTTPResponse:
+    """What the conditions and the range of the request make of an answer with a file."""
     info = os.fstat(file.fileno())
-    size, modified = info.st_size, int(info.st_mtime)
-    tag = ""
+    size, modified, tag = info.st_size, int(info.st_mtime), ""
     if etag is not False:  # the same on every machine that has a copy of the file with its time
         tag = etag if isinstance(etag, str) else f"{info.st_mtime_ns:x}-{size:x}"
         answer.headers["ETag"] = tag = tag if '"' in tag else f'"{tag}"'
-    answer.headers["Last-Modified"] = http_date(modified)
-    answer.headers["Date"] = http_date(time.time())
-    answer.headers["Accept-Ranges"] = "bytes"
-    status = check_conditions(tag, modified)
-    ranges = wanted_ranges(size, tag, modified)
-    if status or ranges == []:
+    answer.headers.update({"Last-Modified": http_date(modified), "Accept-Ranges": "bytes",
+                           "Date": http_date(time.time())})
+    status, part = check_conditions(tag, modified), wanted_range(size, tag, modified)
+    if status == 200 and part == (0, 0):
+        status = 416
+    if status != 200:
         file.close()
-    if status == 304:
-        answer.status = status
-        return answer
-    if status:
-        return HTTPError(status, "The file is not the one that the request is about.")
-    if ranges == []:
-        return HTTPError(416, "Requested range not satisfiable.",
-                         headers={"Content-Range": f"bytes */{size}"})
-    answer.body = file
-    if ranges:
-        (start, end), = ranges
-        answer.status = 206
-        answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-        file.seek(start)
-        size = end - start
-        answer.body = FileWrapper(file, length=size)
-    answer.content_length = size
+    if status in (412, 416):
+        found = {"Content-Range": f"bytes */{size}"} if status == 416 else None
+        return HTTPError(status, headers=found)
+    if status == 200:
+        answer.body = file
+        if part is not None:
+            status = 206
+            answer.headers["Content-Range"] = f"bytes {part[0]}-{part[1] - 1}/{size}"
+            file.seek(part[0])
+            size = part[1] - part[0]
+            answer.body = FileWrapper(file, length=size)
+        answer.content_length = size
+    answer.status = status
     return answer
 
 
