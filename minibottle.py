@@ -30,7 +30,7 @@ MAP (a section uses only names from sections above it; 1-5 are pure: no socket, 
   III. The world
     11. Event loop              one loop, handed over when user code blocks
     12. Server connection       HTTP on the loop
-    13. Workers                 master and worker processes, Server, run()
+    13. Workers                 master and worker processes, Server
     14. Default app and command line
 
 ONE REQUEST (-> calls)
@@ -91,10 +91,10 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import lru_cache, partial, partialmethod, wraps
+from functools import lru_cache, partial, partialmethod, reduce, wraps
 from http import HTTPStatus
 from importlib import import_module
-from itertools import chain
+from itertools import chain, islice
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
@@ -108,10 +108,11 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "app default_app route get post put delete patch error hook url run "
-    "TestClient Server Settings GzipMiddleware "
-    "static_file MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
-    "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
+    "static_file app default_app route get post put delete patch error hook url run load load_app "
+    "TestClient Server ServerAdapter Settings GzipMiddleware install_as_bottle "
+    "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
+    "RouteBuildError BottleException BadRequest UsageError StartError html_escape html_quote "
+    "http_date parse_date parse_range_header path_shift"
 ).split()
 
 
@@ -202,6 +203,7 @@ SETTINGS = (
     ("gzip", True, "compress what a client accepts compressed"),
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
+    ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
 )
 
@@ -299,12 +301,10 @@ def http_date(value: Any) -> str:
 
 
 def parse_date(text: str) -> Optional[float]:
-    """An HTTP date in any of its three forms (RFC 9110 5.6.7) -> a timestamp; None if it is none."""
-    from calendar import timegm
-    from email.utils import parsedate_tz
+    """An HTTP date in any of its three forms (RFC 9110 5.6.7) -> a timestamp; else None."""
+    from email.utils import mktime_tz, parsedate_tz
     try:
-        parts: Any = parsedate_tz(text)
-        return timegm(parts[:6] + (0, 0, 0)) - (parts[9] or 0)
+        return mktime_tz(parsedate_tz(text))  # type: ignore[arg-type]
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
@@ -322,13 +322,13 @@ def html_quote(text: str) -> str:
 
 
 def path_shift(script_name: str, path_info: str, shift: int = 1) -> Tuple[str, str]:
-    """Move segments of a path over: ("/a", "/b/c") -> ("/a/b", "/c"); back, if shift is negative."""
-    script = [part for part in script_name.strip("/").split("/") if part]
-    path = [part for part in path_info.strip("/").split("/") if part]
+    """Move segments over: ("/a", "/b/c") -> ("/a/b", "/c"); back, if `shift` is negative."""
+    script, path = ([part for part in text.strip("/").split("/") if part]
+                    for text in (script_name, path_info))
     parts, at = script + path, len(script) + shift
     if not 0 <= at <= len(parts):
         raise AssertionError(f"cannot shift {script_name!r} and {path_info!r} by {shift}")
-    end = "/" if path_info.endswith("/") and parts[at:] else ""
+    end = "/" * (path_info.endswith("/") and at < len(parts))
     return "/" + "/".join(parts[:at]), "/" + "/".join(parts[at:]) + end
 
 
@@ -1752,15 +1752,12 @@ MAX_RANGES = 5
 
 
 def safe_join(root: str, filename: str, path: Any = os.path) -> Optional[str]:
-    """The absolute path of `filename` below `root`; None if it is not below. Links are followed.
-
-    On Windows None also for what is a device (NUL, com1.txt), a stream or on another drive.
-    """
+    """The absolute path of `filename` below `root`, links followed; None if it is not below or, on
+    Windows, a device (NUL, com1.txt), a stream or on another drive."""
     base = path.join(path.abspath(root), "")
     found = path.abspath(path.join(base, filename.strip("/\\")))
-    if "\0" in filename or not found.startswith(base):
-        return None
-    if path.sep == "\\" and re.search(WINDOWS_NAME, found[len(base):], re.IGNORECASE):
+    if "\0" in filename or not found.startswith(base) or path.sep == "\\" and re.search(
+            WINDOWS_NAME, found[len(base):], re.IGNORECASE):
         return None
     return found
 
@@ -1773,19 +1770,10 @@ def open_file(path: str, answer: HTTPResponse, precompressed: bool) -> BinaryIO:
     packed = path + ".gz"
     if precompressed and os.path.isfile(packed) and os.path.getmtime(packed) >= info.st_mtime:
         answer.add_header("Vary", "Accept-Encoding")
-        if accepts_gzip(request.get("HTTP_ACCEPT_ENCODING", "")[:500]):
+        if accepts_gzip(request.environ.get("HTTP_ACCEPT_ENCODING", "")[:500]):
             answer.set_header("Content-Encoding", "gzip")
             path = packed
     return open(path, "rb")
-
-
-def guess_type(name: str) -> str:
-    """"a.html" -> "text/html"; "a.tar.gz" -> "application/gzip": nobody unpacks it on the way."""
-    import mimetypes
-    kind, packed = mimetypes.guess_type(name)
-    if packed:
-        return "application/gzip" if packed == "gzip" else f"application/x-{packed}"
-    return kind or "application/octet-stream"
 
 
 def format_attachment(name: str) -> str:
@@ -1793,15 +1781,12 @@ def format_attachment(name: str) -> str:
     name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
     plain = re.sub(r'[^ -~]|["%]', "_", name)
     exact = quote(name, safe="!#$&+-.^_`|~", errors="replace")
-    more = f"; filename*=UTF-8''{exact}" if plain != name else ""
-    return f'attachment; filename="{plain}"{more}'
+    return f'attachment; filename="{plain}"' + f"; filename*=UTF-8''{exact}" * (plain != name)
 
 
 def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
-    """"bytes=10-15,-5" of 100 bytes -> [(10, 16), (95, 100)]: the ranges that are there.
-
-    [] if there is none, or the header is malformed (RFC 9110 14.1.1, 14.1.2).
-    """
+    """"bytes=10-15,-5" of 100 bytes -> [(10, 16), (95, 100)]: the ranges that are there (RFC 9110
+    14.1.2); [] also where the header is malformed."""
     ranges = []
     for part in header.partition("=")[2].split(","):
         match = re.fullmatch("[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", part)
@@ -1817,11 +1802,12 @@ def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
 
 def wanted_range(size: int, tag: str, modified: int) -> Optional[Tuple[int, int]]:
     """What to send of a file: None: all; (start, end); (0, 0) if what is wanted is not there."""
-    header, condition = request.get("HTTP_RANGE", ""), request.get("HTTP_IF_RANGE")
+    header = request.environ.get("HTTP_RANGE", "")
+    condition = request.environ.get("HTTP_IF_RANGE")
     if request.method != "GET" or header[:6].lower() != "bytes=" or not size:
         return None
     # RFC 9110 13.1.5: a strong tag, or a date that is one (8.8.2.2): not of this very second.
-    if condition and (condition != tag or tag[:1] != '"') and (
+    if condition and (condition != tag or tag[0] != '"') and (
             condition != http_date(modified) or modified + 1 >= time.time()):
         return None
     ranges = parse_range_header(header, size)
@@ -1833,7 +1819,7 @@ def wanted_range(size: int, tag: str, modified: int) -> Optional[Tuple[int, int]
 
 def check_conditions(tag: str, modified: int) -> int:
     """RFC 9110 13.2.2, in its order: 412, 304, or 200."""
-    match, unless, none, since = (request.get("HTTP_IF_" + name) for name in (
+    match, unless, none, since = (request.environ.get("HTTP_IF_" + name) for name in (
         "MATCH", "UNMODIFIED_SINCE", "NONE_MATCH", "MODIFIED_SINCE"))
     if request.method not in ("GET", "HEAD"):
         return 200
@@ -1868,44 +1854,47 @@ def static_file(filename: str, root: str, mimetype: Union[bool, str] = True,
     except (OSError, ValueError):  # ValueError: no name that a file can have
         return HTTPError(404, "File does not exist.")
     name = download if isinstance(download, str) else os.path.basename(path)
-    kind = guess_type(name) if mimetype is True else mimetype
+    kind: Any = mimetype
+    if mimetype is True:
+        import mimetypes
+        kind, packed = mimetypes.guess_type(name)
+        if packed:  # what a.tar.gz is: nobody unpacks it on the way
+            kind = "application/gzip" if packed == "gzip" else f"application/x-{packed}"
+        kind = kind or "application/octet-stream"
     if kind and charset and re.match(r"(?!.*charset=)(text/|application/javascript$)", kind):
         kind += f"; charset={charset}"
     if kind:
         answer.content_type = kind
     if download:
         answer.set_header("Content-Disposition", format_attachment(name))
-    return send_open_file(answer, file, etag)
+    return send_part(answer, file, etag)
 
 
-def send_open_file(answer: HTTPResponse, file: BinaryIO,
-                   etag: Union[None, bool, str]) -> HTTPResponse:
+def send_part(answer: HTTPResponse, file: BinaryIO, etag: Any) -> HTTPResponse:
     """What the conditions and the range of the request make of an answer with a file."""
     info = os.fstat(file.fileno())
     size, modified, tag = info.st_size, int(info.st_mtime), ""
     if etag is not False:  # the same on every machine that has a copy of the file with its time
-        tag = etag if isinstance(etag, str) else f"{info.st_mtime_ns:x}-{size:x}"
+        tag = etag or f"{info.st_mtime_ns:x}-{size:x}"
         answer.headers["ETag"] = tag = tag if '"' in tag else f'"{tag}"'
     answer.headers.update({"Last-Modified": http_date(modified), "Accept-Ranges": "bytes",
                            "Date": http_date(time.time())})
     status, part = check_conditions(tag, modified), wanted_range(size, tag, modified)
-    if status == 200 and part == (0, 0):
-        status = 416
-    if status != 200:
+    if status != 200 or part == (0, 0):
         file.close()
-    if status in (412, 416):
-        found = {"Content-Range": f"bytes */{size}"} if status == 416 else None
-        return HTTPError(status, headers=found)
-    if status == 200:
-        answer.body = file
-        if part is not None:
-            status = 206
-            answer.headers["Content-Range"] = f"bytes {part[0]}-{part[1] - 1}/{size}"
-            file.seek(part[0])
-            size = part[1] - part[0]
-            answer.body = FileWrapper(file, length=size)
-        answer.content_length = size
-    answer.status = status
+        if status == 304:
+            answer.status = 304
+            return answer
+        return HTTPError(412) if status == 412 else HTTPError(
+            416, headers={"Content-Range": f"bytes */{size}"})
+    start, end = part or (0, size)
+    answer.body = file
+    if part:
+        answer.status = 206
+        answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        file.seek(start)
+        answer.body = FileWrapper(file, length=end - start)
+    answer.content_length = end - start
     return answer
 
 
@@ -4742,7 +4731,7 @@ class Alone:
             if hasattr(signal, "SIGQUIT"):
                 kept[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, lambda *_: worker.stop())
             worker.bell.on_signals()
-        print_started(sockets, "one process")
+        print_started(sockets, "one process", settings)
         try:
             worker.monitor()
         finally:
@@ -4973,7 +4962,8 @@ class Master:
             process.ready = True
             if not self.served:
                 self.served = True
-                print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}")
+                print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}",
+                              self.settings)
             return
         try:
             self.settle(message["options"])
@@ -5116,8 +5106,10 @@ def print_line(text: str) -> None:
         pass
 
 
-def print_started(sockets: List[socket.socket], workers: str) -> None:
+def print_started(sockets: List[socket.socket], workers: str, settings: Settings) -> None:
     """The start-up line."""
+    if settings.quiet:
+        return
     where = ", ".join(format_address(sock) for sock in sockets)
     python = ".".join(map(str, sys.version_info[:3]))
     print_line(f"{__version__} on {where}, {workers}, Python {python}")
@@ -5164,7 +5156,15 @@ def count_workers(text: str) -> int:
         return os.cpu_count() or 1
 
 
-ADDRESS = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*)):([0-9]{1,5})"
+ADDRESS = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*))(?::([0-9]{1,5}))?"
+
+
+def parse_address(address: str) -> Tuple[str, int]:
+    """"[::1]:80" -> ("::1", 80); "a.b" -> ("a.b", 8080); ":80" -> ("0.0.0.0", 80), any host."""
+    match = re.fullmatch(ADDRESS, address)
+    if not match or not address.strip("0123456789") or int(match[3] or 0) > 65535:
+        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
+    return match[1] or match[2] or "0.0.0.0", int(match[3] or 8080)
 
 
 def bind(address: str) -> socket.socket:
@@ -5174,10 +5174,7 @@ def bind(address: str) -> socket.socket:
     """
     if address.startswith("unix:"):
         return bind_unix(address[5:])
-    match = re.fullmatch(ADDRESS, address)
-    if not match or int(match[3]) > 65535:
-        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
-    host = match[1] or match[2] or "0.0.0.0"
+    host, port = parse_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -5187,7 +5184,7 @@ def bind(address: str) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, int(match[3])))
+        sock.bind((host, port))
         sock.listen(1024)
     except OSError as error:
         sock.close()
@@ -5295,34 +5292,13 @@ class Server:
         self.stop()
 
 
-def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Optional[int] = None,
-        **options: object) -> None:
-    """Serve a WSGI application (the default one, if none is given) until a signal says stop.
-
-    `host` and `port` (127.0.0.1:8080), or `bind`, and any other setting (SETTINGS). The command
-    line's flags beat them. In a process that has threads, or outside its main thread, it serves
-    without a master. What cannot start is said in a line on stderr, and raises SystemExit.
-    """
-    app = app if app is not None else default_app()
-    if host is not None or port is not None:
-        host, port = host or "127.0.0.1", 8080 if port is None else port
-        options.setdefault("bind", [f"[{host}]:{port}" if ":" in host else f"{host}:{port}"])
-    running = sys.modules.get("minibottle.running")
-    if running is not None:
-        running.serve(app, options)
-        return
-    status = start(lambda: app, options, {}, is_target=False)
-    if status:
-        raise SystemExit(status)
-
-
 def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
           is_target: bool) -> int:
     """Serve with a master, or alone where there can be none; the exit status."""
     why = reason_to_be_alone(str({**defaults, **flags}.get("workers", DEFAULTS.workers)))
     if why is None:
         return Master(load, defaults, flags, is_target).run()
-    if why:
+    if why and not defaults.get("quiet"):
         print_line(why)
     return boot(Alone(defaults, flags), load, is_target)
 
@@ -5341,7 +5317,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
 
 
 # === 14. Default app and command line =========================================
-# The module-level shortcuts of Bottle, and `python minibottle.py module:name`.
+# The module-level shortcuts of Bottle, run(), and `python minibottle.py module:name`.
 
 class AppStack(list):
     """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
@@ -5376,6 +5352,197 @@ patch = on_default_app("patch")
 error = on_default_app("error")
 hook = on_default_app("hook")
 url = on_default_app("get_url")
+
+
+# -- to be found by those who look for Bottle --
+
+class ExtFinder:
+    """Finds bottle_x for `from minibottle.ext import x`, under whatever name this file goes."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        from importlib.machinery import ModuleSpec
+        owner, _, child = name.rpartition(".")
+        found = sys.modules.get(owner)
+        if found is ext or child == "ext" and getattr(found, "ext", None) is ext:
+            return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    def create_module(self, spec: Any) -> None:
+        """Python's own."""
+
+    def exec_module(self, module: Any) -> None:
+        """A module may replace itself while it is loaded."""
+        child = module.__name__.rpartition(".")[2]
+        sys.modules[module.__name__] = ext if child == "ext" else import_module("bottle_" + child)
+
+
+ext: Any = type(sys)(__name__ + ".ext")
+ext.__file__ = __file__
+__path__: list = []
+ext.__path__ = __path__  # for the import system both are packages
+sys.meta_path.append(ExtFinder())
+
+
+def install_as_bottle() -> None:
+    """From now on `import bottle` is this file, also in plugins."""
+    if sys.modules.setdefault("bottle", sys.modules[__name__]) is not sys.modules[__name__]:
+        raise RuntimeError("another bottle is imported already: call install_as_bottle() earlier")
+
+
+# -- running --
+
+DEBUG = False  # read when it is needed: applications may set it
+NORUN = False  # run() does nothing, for load_app()
+
+
+class ServerAdapter:
+    """Another server for run(server=...): a subclass has run(handler), handler: the application."""
+
+    quiet = False
+
+    def __init__(self, host: str = "127.0.0.1", port: Any = 8080, **options: Any) -> None:
+        self.host = host
+        self.port = int(port)
+        self.options = options
+
+    def run(self, handler: Callable) -> None:
+        raise NotImplementedError
+
+
+class WSGIRefServer(ServerAdapter):
+    """The standard library's, one request at a time: for tests."""
+
+    def run(self, handler: Callable) -> None:
+        from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+        server = self.options.get("server_class", WSGIServer)
+        family = socket.AF_INET6 if ":" in self.host else server.address_family
+        silence = {"log_request": lambda *args: None} if self.quiet else {}
+        self.srv: Any = make_server(
+            self.host, self.port, handler, type("S", (server,), {"address_family": family}),
+            type("H", (self.options.get("handler_class", WSGIRequestHandler),), silence))
+        self.port = self.srv.server_port
+        with self.srv:
+            self.srv.serve_forever()
+
+
+BUILTIN = ("minibottle", "auto")
+server_names: Dict[str, Any] = dict.fromkeys((*BUILTIN, *(
+    "aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn meinheld paste "
+    "rocket tornado twisted uvloop waitress").split()))  # None: the server of this file
+server_names["wsgiref"] = WSGIRefServer
+
+
+def make_adapter(server: Any, host: str, port: Any, options: dict) -> Optional[ServerAdapter]:
+    """A name, "module:Class", class or instance -> the instance; None: the server of this file."""
+    if isinstance(server, str):
+        name, server = server, server_names[server] if server in server_names else load(server)
+        if server is None:
+            if name not in BUILTIN:
+                print_line(f"server={name!r}: minibottle serves by itself")
+            return None
+    if isinstance(server, type):
+        server = server(host, port, **options)
+    if not isinstance(server, ServerAdapter):
+        raise ValueError(f"{server!r} is no ServerAdapter")
+    return server
+
+
+def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
+        host: str = "127.0.0.1", port: Union[int, str] = 8080, interval: float = 1,
+        reloader: bool = False, quiet: bool = False, plugins: Optional[Iterable] = None,
+        debug: Optional[bool] = None, config: Optional[dict] = None, **options: Any) -> None:
+    """Serve a WSGI application (the default one, if none is given) until a signal says stop.
+
+    `options` are settings (SETTINGS), or another server's own. The command line's flags beat them.
+    In a process that has threads, or outside its main thread, it serves without a master. What
+    cannot start is said in a line on stderr, and raises SystemExit.
+    """
+    global DEBUG
+    running = sys.modules.get("minibottle.running")
+    if NORUN:
+        return
+    if reloader and running is None and keep_reloading(interval):
+        return
+    app = default_app() if app is None else load_app(app) if isinstance(app, str) else app
+    DEBUG = DEBUG if debug is None else debug
+    configure(app, plugins, config)
+    adapter = make_adapter(server, host, port, options)
+    if adapter is not None:
+        adapter.quiet = adapter.quiet or quiet
+        try:
+            return adapter.run(app)
+        except KeyboardInterrupt:
+            return
+    unknown = sorted(set(options) - set(SETTING_DEFAULTS))
+    if unknown:
+        print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(SETTING_DEFAULTS)}")
+    options = {"bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "quiet": quiet,
+               **{name: value for name, value in options.items() if name not in unknown}}
+    if running is not None:
+        return running.serve(app, options)
+    status = start(lambda: app, options, {}, is_target=False)
+    if status:
+        raise SystemExit(status)
+
+
+def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict]) -> None:
+    """What run() and the command line are given for an App."""
+    for plugin in plugins or ():
+        app.install(load(plugin) if isinstance(plugin, str) else plugin)
+    if config:
+        app.config.update(config)
+
+
+def load(target: str) -> Any:
+    """"a.b" -> the module, "a.b:c.d" -> what it has under that name."""
+    module, _, names = target.partition(":")
+    return reduce(getattr, names.split(".") if names else (), import_module(module))
+
+
+def load_app(target: str) -> Callable:
+    """What `target` names if that can be called, else the default App that its import fills."""
+    global NORUN
+    kept, NORUN = NORUN, True
+    made = default_app.push()
+    try:
+        found = load(target)
+        return found if callable(found) else made
+    finally:
+        default_app.remove(made)
+        NORUN = kept
+
+
+def python_files() -> Dict[str, float]:
+    """{path: when it was changed} of what is imported, or is below the program's folder."""
+    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    for folder, folders, names in islice(os.walk(sys.path[0] or "."), 1000):
+        folders[:] = [name for name in folders if name[0] not in "._" and name != "site-packages"]
+        paths.update(os.path.join(folder, name) for name in names if name.endswith(".py"))
+    return {path: os.path.getmtime(path) for path in paths if path and os.path.isfile(path)}
+
+
+def keep_reloading(interval: float) -> bool:
+    """Run this command line in a child, and anew whenever a file changes; False: we are it.
+
+    A child that fails, maybe for half an edit, waits for the next change.
+    """
+    if "BOTTLE_CHILD" in os.environ or threading.current_thread() is not threading.main_thread():
+        return False
+    import subprocess
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    command = [sys.executable, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]]
+    while True:
+        seen = python_files()
+        child = subprocess.Popen(command, env={**os.environ, "BOTTLE_CHILD": "true"})
+        try:
+            while python_files() == seen:
+                time.sleep(interval)
+                if child.poll() == 0:
+                    return True
+        except KeyboardInterrupt:
+            return True
+        finally:
+            child.terminate()
+            child.wait()
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -5446,8 +5613,24 @@ def required_parameters(function: Callable) -> int:
                and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
+def load_prepared(given: dict) -> Optional[Callable]:
+    """The target of the command line, with its plugins and configuration; None: it has run."""
+    app: Any = load_target(given["target"])
+    if app is None:
+        return None
+    for path in given["conf"]:
+        if path.endswith(".json"):
+            with open(path, "rb") as file:
+                app.config.load_dict(json_loads(file.read()))
+        else:
+            app.config.load_config(path)
+    pairs = [text.partition("=") for text in given["param"]]
+    configure(app, given["plugin"], {name: value if eq else True for name, eq, value in pairs})
+    return app
+
+
 def make_parser() -> Any:
-    """The command line: a flag for each row of SETTINGS."""
+    """The command line: a flag for each row of SETTINGS, and Bottle's."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -5467,29 +5650,47 @@ def make_parser() -> Any:
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
                                 help=f"the opposite; {flag} is the default")
         elif isinstance(default, tuple):
-            parser.add_argument(flag, dest=name, action="append", metavar="ADDRESS",
+            parser.add_argument("-b", flag, dest=name, action="append", metavar="ADDRESS",
                                 help=f"{meaning} ({default[0]})")
         else:
             parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
+    for flag, metavar, meaning in (
+            ("server", "NAME", "another server: wsgiref, or module:Class"),
+            ("plugin", "TARGET", "install a plugin (repeatable)"),
+            ("conf", "FILE", "configuration of the App: .json or INI (repeatable)"),
+            ("param", "NAME=VALUE", "one value of it (repeatable)")):
+        short = "-C" if flag == "param" else "-" + flag[0]
+        many: Any = {} if flag == "server" else {"action": "append", "default": []}
+        parser.add_argument(short, "--" + flag, metavar=metavar, help=meaning, **many)
+    parser.add_argument("--debug", action="store_true", help="show errors in the answers")
+    parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status."""
+    global DEBUG
     try:
         given = vars(make_parser().parse_args(argv))
     except UsageError as error:
         print_line(str(error))
         return USAGE_STATUS
-    target = given.pop("target")
-    flags = {name: value for name, value in given.items() if value is not None}
+    flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
     import logging
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
+    DEBUG = given["debug"]
     try:
         Settings(**flags)
-        return start(lambda: load_target(target), {"access_log": True}, flags, is_target=True)
+        if given["reload"] and keep_reloading(1.0):
+            return 0
+        if given["server"]:
+            app = load_prepared(given)
+            if app is not None:
+                run(app, given["server"], *parse_address(flags.get("bind", DEFAULTS.bind)[0]))
+            return 0
+        return start(partial(load_prepared, given), {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
         print_line(str(error))
         return USAGE_STATUS if isinstance(error, UsageError) else FAILED_STATUS
