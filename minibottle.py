@@ -5468,6 +5468,8 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     adapter = make_adapter(server, host, port, options)
     if adapter is not None:
         adapter.quiet = adapter.quiet or quiet
+        if not adapter.quiet:
+            print_line(f"{type(adapter).__name__} on {adapter.host}:{adapter.port}")
         try:
             return adapter.run(app)
         except KeyboardInterrupt:

@@ -5858,9 +5858,11 @@ class CommandTargetTest(PooledTest):
             (["shop:app", "--grace", "-1"], "grace", "-1"),
             (["shop:app", "--keepalive-timeout", "nan"], "keepalive[_-]timeout", "nan"),
             (["shop:app", "--gzip-level", "77", "--bind", "127.0.0.1:0"], "77"),
-            (["shop:app", "--bind", "nonsense"], "nonsense"),
+            (["shop:app", "--bind", "a/b"], "a/b"),
+            (["shop:app", "--bind", "8080"], "8080"),
+            (["shop:app", "--bind", ""], "address"),
+            (["shop:app", "--server", "wsgiref", "--bind", "unix:/x"], "unix:/x"),
             (["shop:app", "--bind", "127.0.0.1:65536"], "65536"),
-            (["shop:main_with_a_typo"], "colour", "grace"),
             (["shop:main_with_a_word"], "grace", "long")], 2, self.check_one_line)
 
     def test_an_application_that_cannot_start_is_one_message_and_an_end(self):
@@ -5887,7 +5889,8 @@ class CommandTargetTest(PooledTest):
             address = "127.0.0.1:%d" % taken.getsockname()[1]
             self.check_ends([(["shop:app", "--bind", address, "--workers", n], address, "in use")
                              for n in "012"], 1, self.check_one_line)
-        self.check_ends([(["shop:app", "--bind", "host.invalid:80"], "host.invalid")],
+        self.check_ends([(["shop:app", "--bind", "host.invalid:80"], "host.invalid"),
+                         (["shop:app", "-b", "host.invalid"], "host.invalid")],
                         1, self.check_one_line)
 
     def test_help_names_every_setting_and_version_the_version(self):
@@ -6034,6 +6037,146 @@ class CommandLineTest(PooledTest):
             self.assertIn("threads", server.err[0])
             self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
             self.assertEqual(server.stop(), 0)
+
+
+class RunTest(UnitTest):
+    """run() and its arguments, as Bottle has them."""
+
+    def run_in_thread(self, *args, **options):
+        """The URL of a run() in a thread: it ends with the process."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        threading.Thread(target=minibottle.run, args=args, daemon=True,
+                         kwargs=dict(options, port=port)).start()
+        url = "http://127.0.0.1:%d" % port
+        self.assertTrue(wait_until(lambda: is_served(url)))
+        return url
+
+    def test_a_thread_serves_what_it_is_given_and_old_options_do_no_harm(self):
+        app = app_of(lambda: "a")
+        for options, said in (({"quiet": True}, ""), ({"server": "auto", "quiet": True}, ""),
+                              ({"server": "paste", "quiet": True}, "paste.*by itself"),
+                              ({"fast": True, "degug": 1}, "ignores degug, fast; .*grace"),
+                              ({"server": "wsgiref", "host": "localhost"}, "WSGIRefServer on"),
+                              ({"host": "localhost", "grace": "1"}, "main thread")):
+            with self.subTest(options=options), mock.patch.object(sys, "stderr", io.StringIO()):
+                self.assertEqual(fetch(self.run_in_thread(app, **options))[2], b"a")
+                lines = sys.stderr.getvalue()
+            self.assertRegex(lines, said or r"\A\Z")
+
+    def test_another_server_is_a_class_an_instance_a_target_or_a_name(self):
+        made = []
+
+        class Adapter(minibottle.ServerAdapter):
+            def run(self, handler):
+                made.append((handler, self.host, self.port, self.options, self.quiet))
+                raise KeyboardInterrupt
+        app, ready = App(), Adapter("h", "7", a=1)
+        names = {"mine": Adapter, "paste": ready}
+        module = types.SimpleNamespace(Adapter=Adapter, __spec__=None)
+        with mock.patch.dict(minibottle.server_names, names), \
+                mock.patch.dict(sys.modules, a_server=module):
+            for server in (Adapter, "mine", "a_server:Adapter", ready, "paste"):
+                minibottle.run(app, server, host="h", port="7", quiet=True, a=1)
+        self.assertEqual(made, [(app, "h", 7, {"a": 1}, True)] * 5)
+        for server in (5, "json:dumps"):
+            self.assertRaises(ValueError, minibottle.run, app, server)
+        with self.assertRaises(ImportError):
+            minibottle.run(app, "no_such_server")
+
+    def test_plugins_config_and_debug_are_set_before_it_serves(self):
+        class Adapter(minibottle.ServerAdapter):
+            quiet = True
+
+            def run(self, handler):
+                seen.append((list(handler.installed), handler.config["a"], minibottle.DEBUG))
+        app, seen = App(), []
+        app.installed = []
+        app.install = app.installed.append
+        with mock.patch.object(minibottle, "DEBUG", False):
+            minibottle.run(app, Adapter, plugins=[len, "json:dumps"], config={"a": "b"}, debug=True)
+        self.assertEqual(seen, [([len, json.dumps], "b", True)])
+
+    def test_what_is_imported_for_its_application_does_not_run(self):
+        module = types.ModuleType("a_shop")
+        loader = types.SimpleNamespace(
+            create_module=lambda spec: module,
+            exec_module=lambda module: (minibottle.get("/", callback=lambda: "a"),
+                                        minibottle.run(), setattr(module, "made", wsgiref)))
+        finder = types.SimpleNamespace(find_spec=lambda name, path=None, target=None: None
+                                       if name != "a_shop" else
+                                       importlib.machinery.ModuleSpec(name, loader))
+        before = list(minibottle.default_app)
+        with mock.patch.object(sys, "meta_path", [finder, *sys.meta_path]), \
+                mock.patch.dict(sys.modules):
+            app = minibottle.load_app("a_shop")
+            self.assertEqual(ask(app).body, b"a")
+            self.assertIs(minibottle.load("a_shop:made.util"), wsgiref.util)
+        self.assertEqual((list(minibottle.default_app), minibottle.NORUN), (before, False))
+        self.assertIs(minibottle.load_app("json:dumps"), json.dumps)
+
+
+class ExtTest(UnitTest):
+    """`from bottle.ext import x` is bottle_x, and `import bottle` this file, where it is asked."""
+
+    def setUp(self):
+        patch = mock.patch.dict(sys.modules)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.plugin = sys.modules["bottle_a_plugin"] = types.ModuleType("bottle_a_plugin")
+        self.plugin.item = "value"
+
+    def test_plugins_are_found_under_both_names(self):
+        sys.modules.pop("bottle", None)
+        minibottle.install_as_bottle()
+        minibottle.install_as_bottle()
+        import bottle
+        self.assertIs(bottle, minibottle)
+        for name in ("bottle", "minibottle"):
+            names = {}
+            exec(f"from {name}.ext import a_plugin\nimport {name}.ext.a_plugin as same\n"
+                 f"from {name}.ext.a_plugin import item\nfrom {name} import ext", names)
+            self.assertIs(names["a_plugin"], self.plugin)
+            self.assertIs(names["same"], self.plugin)
+            self.assertEqual((names["item"], names["ext"].__file__), ("value", FILE))
+            with self.assertRaisesRegex(ImportError, "bottle_missing"):
+                importlib.import_module(name + ".ext.missing")
+        self.assertEqual(self.plugin.__name__, "bottle_a_plugin")
+        self.assertIsNone(importlib.util.find_spec("email.ext"))
+
+    def test_another_bottle_is_left_alone(self):
+        sys.modules["bottle"] = other = types.ModuleType("bottle")
+        self.assertRaises(RuntimeError, minibottle.install_as_bottle)
+        self.assertIs(sys.modules["bottle"], other)
+
+
+class CommandOptionsTest(PooledTest):
+    """The command line's options that Bottle has too."""
+
+    def test_short_flags_and_another_server(self):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            address = "127.0.0.1:%d" % sock.getsockname()[1]
+        with Command("shop:app", "-s", "wsgiref", "-b", address, bind=False) as server:
+            server.wait_for("WSGIRefServer on " + address)
+            self.assertTrue(wait_until(lambda: is_served("http://" + address)))
+            server.stop(signal.SIGINT)
+            self.assertEqual(server.status, 0)
+        with serve("shop:app", "--server", "gunicorn", "-C", "a=b", "-C", "c", "--debug") as server:
+            server.wait_for("gunicorn.*by itself")
+            self.assertEqual(fetch(server.url)[2], b"Hello World!")
+
+    def test_an_unknown_option_of_run_is_named_and_costs_nothing(self):
+        with serve("shop:main_with_a_typo", bind=False) as server:
+            server.wait_for("ignores colour")
+            self.assertEqual(fetch(server.url)[0], 200)
+
+    def test_quiet_is_quiet(self):
+        path = os.path.join(FOLDER, "quiet")
+        with Command("shop:app", "--quiet", "--bind", "unix:" + path) as server:
+            self.assertTrue(wait_until(lambda: is_served("unix:" + path)))
+            self.assertEqual((server.stop(), server.err), (0, [None]))
 
 
 class CommandOnPoorSystemTest(PooledTest):
