@@ -94,7 +94,7 @@ from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial, partialmethod, reduce, wraps
 from http import HTTPStatus
 from importlib import import_module
-from itertools import chain, islice
+from itertools import chain
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
@@ -5460,8 +5460,8 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     running = sys.modules.get("minibottle.running")
     if NORUN:
         return
-    if reloader and running is None and keep_reloading(interval):
-        return
+    if reloader:
+        print_line("run(reloader=True) does not reload here")
     app = default_app() if app is None else load_app(app) if isinstance(app, str) else app
     DEBUG = DEBUG if debug is None else debug
     configure(app, plugins, config)
@@ -5511,40 +5511,6 @@ def load_app(target: str) -> Callable:
     finally:
         default_app.remove(made)
         NORUN = kept
-
-
-def python_files() -> Dict[str, float]:
-    """{path: when it was changed} of what is imported, or is below the program's folder."""
-    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    for folder, folders, names in islice(os.walk(sys.path[0] or "."), 1000):
-        folders[:] = [name for name in folders if name[0] not in "._" and name != "site-packages"]
-        paths.update(os.path.join(folder, name) for name in names if name.endswith(".py"))
-    return {path: os.path.getmtime(path) for path in paths if path and os.path.isfile(path)}
-
-
-def keep_reloading(interval: float) -> bool:
-    """Run this command line in a child, and anew whenever a file changes; False: we are it.
-
-    A child that fails, maybe for half an edit, waits for the next change.
-    """
-    if "BOTTLE_CHILD" in os.environ or threading.current_thread() is not threading.main_thread():
-        return False
-    import subprocess
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    command = [sys.executable, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]]
-    while True:
-        seen = python_files()
-        child = subprocess.Popen(command, env={**os.environ, "BOTTLE_CHILD": "true"})
-        try:
-            while python_files() == seen:
-                time.sleep(interval)
-                if child.poll() == 0:
-                    return True
-        except KeyboardInterrupt:
-            return True
-        finally:
-            child.terminate()
-            child.wait()
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -5665,7 +5631,6 @@ def make_parser() -> Any:
         many: Any = {} if flag == "server" else {"action": "append", "default": []}
         parser.add_argument(short, "--" + flag, metavar=metavar, help=meaning, **many)
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
-    parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
     return parser
 
 
@@ -5685,8 +5650,6 @@ def main(argv: Optional[List[str]] = None) -> int:
     DEBUG = given["debug"]
     try:
         Settings(**flags)
-        if given["reload"] and keep_reloading(1.0):
-            return 0
         if given["server"]:
             app = load_prepared(given)
             if app is not None:
