@@ -92,7 +92,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import lru_cache, partial, partialmethod, wraps
+from functools import lru_cache, partial, partialmethod, reduce, wraps
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain, repeat
@@ -109,11 +109,12 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "app default_app route get post put delete patch error hook url run "
-    "TestClient Server Settings GzipMiddleware "
+    "static_file app default_app route get post put delete patch error hook url run load load_app "
+    "TestClient Server ServerAdapter Settings GzipMiddleware install_as_bottle "
     "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
-    "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
+    "RouteBuildError BottleException BadRequest UsageError StartError html_escape html_quote "
+    "http_date parse_date parse_range_header path_shift"
 ).split()
 
 
@@ -204,6 +205,7 @@ SETTINGS = (
     ("gzip", True, "compress what a client accepts compressed"),
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
+    ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
 )
 
@@ -310,12 +312,38 @@ def http_date(value: Any) -> str:
     return format_date(time.gmtime(value) if isinstance(value, (int, float)) else value)
 
 
+def parse_date(text: str) -> Optional[float]:
+    """An HTTP date in any of its three forms (RFC 9110 5.6.7) -> a timestamp; else None."""
+    from email.utils import mktime_tz, parsedate_tz
+    try:
+        return mktime_tz(parsedate_tz(text))  # type: ignore[arg-type]
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
 def html_escape(text: str) -> str:
     """Make text safe in HTML, also in a quoted attribute: "<a>" -> "&lt;a&gt;"."""
     if "&" in text or "<" in text or ">" in text or '"' in text or "'" in text:
         return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
                 .replace('"', "&quot;").replace("'", "&#039;"))
     return text  # FAST: most has none of them, and "in" costs half of "replace"
+
+
+def html_quote(text: str) -> str:
+    """The value of an HTML attribute, with its quotes: 'a"' -> '"a&quot;"'."""
+    text = html_escape(text).replace("\n", "&#10;").replace("\r", "&#13;").replace("\t", "&#9;")
+    return f'"{text}"'
+
+
+def path_shift(script_name: str, path_info: str, shift: int = 1) -> Tuple[str, str]:
+    """Move segments over: ("/a", "/b/c") -> ("/a/b", "/c"); back, if `shift` is negative."""
+    script, path = ([part for part in text.strip("/").split("/") if part]
+                    for text in (script_name, path_info))
+    parts, at = script + path, len(script) + shift
+    if not 0 <= at <= len(parts):
+        raise AssertionError(f"cannot shift {script_name!r} and {path_info!r} by {shift}")
+    end = "/" * (path_info.endswith("/") and at < len(parts))
+    return "/" + "/".join(parts[:at]), "/" + "/".join(parts[at:]) + end
 
 
 def json_default(value: object) -> object:
@@ -1567,19 +1595,23 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
 # leave alone is in negotiate_gzip.
 
 class FileWrapper:
-    """wsgi.file_wrapper (PEP 3333): iterates over a file; our server uses sendfile instead."""
+    """wsgi.file_wrapper (PEP 3333): iterates over a file, or `length` bytes of it from where it
+    stands; our server uses sendfile instead."""
 
-    def __init__(self, file: BinaryIO, block_size: int = 1 << 16) -> None:
+    def __init__(self, file: BinaryIO, block_size: int = 1 << 16,
+                 length: int = sys.maxsize) -> None:
         self.file = file
         self.block_size = block_size
+        self.left = length  # bytes to come, at most
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        piece = self.file.read(self.block_size)
+        piece = self.file.read(min(self.block_size, self.left))
         if not piece:
             raise StopIteration
+        self.left -= len(piece)
         return piece
 
     def close(self) -> None:
@@ -1725,6 +1757,159 @@ class GzipMiddleware:
         if compress and environ["REQUEST_METHOD"] != "HEAD":
             pieces = iter_gzip(pieces, self.level)
         return ClosingIterator(pieces.__next__, close)
+
+
+# -- files by their name --
+
+WINDOWS_NAME = r"(?:^|\\)(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³])(?=[ .\\]|$)|:"
+MAX_RANGES = 5
+
+
+def safe_join(root: str, filename: str, path: Any = os.path) -> Optional[str]:
+    """The absolute path of `filename` below `root`, links followed; None if it is not below or, on
+    Windows, a device (NUL, com1.txt), a stream or on another drive."""
+    base = path.join(path.abspath(root), "")
+    found = path.abspath(path.join(base, filename.strip("/\\")))
+    if "\0" in filename or not found.startswith(base) or path.sep == "\\" and re.search(
+            WINDOWS_NAME, found[len(base):], re.IGNORECASE):
+        return None
+    return found
+
+
+def open_file(path: str, answer: HTTPResponse, precompressed: bool) -> BinaryIO:
+    """Open it, or the gzip sibling that is made of it. Raises OSError, also for a directory."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # opening a pipe would block
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+    packed = path + ".gz"
+    if precompressed and os.path.isfile(packed) and os.path.getmtime(packed) >= info.st_mtime:
+        answer.add_header("Vary", "Accept-Encoding")
+        if accepts_gzip(request.environ.get("HTTP_ACCEPT_ENCODING", "")[:500]):
+            answer.set_header("Content-Encoding", "gzip")
+            path = packed
+    return open(path, "rb")
+
+
+def format_attachment(name: str) -> str:
+    """A Content-Disposition (RFC 6266) that names a download; RFC 8187 for what is not ASCII."""
+    name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
+    plain = re.sub(r'[^ -~]|["%]', "_", name)
+    exact = quote(name, safe="!#$&+-.^_`|~", errors="replace")
+    return f'attachment; filename="{plain}"' + f"; filename*=UTF-8''{exact}" * (plain != name)
+
+
+def parse_range_header(header: str, maxlen: int = 0) -> List[Tuple[int, int]]:
+    """"bytes=10-15,-5" of 100 bytes -> [(10, 16), (95, 100)]: the ranges that are there (RFC 9110
+    14.1.2); [] also where the header is malformed."""
+    ranges = []
+    for part in header.partition("=")[2].split(","):
+        match = re.fullmatch("[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*", part)
+        first, last = match.groups() if match else ("", "")
+        if not first + last or first and last and int(last) < int(first):
+            return []
+        start = int(first) if first else max(0, maxlen - int(last))
+        end = min(int(last) + 1, maxlen) if first and last else maxlen
+        if start < end:
+            ranges.append((start, end))
+    return ranges
+
+
+def wanted_range(size: int, tag: str, modified: int) -> Optional[Tuple[int, int]]:
+    """What to send of a file: None: all; (start, end); (0, 0) if what is wanted is not there."""
+    header = request.environ.get("HTTP_RANGE", "")
+    condition = request.environ.get("HTTP_IF_RANGE")
+    if request.method != "GET" or header[:6].lower() != "bytes=" or not size:
+        return None
+    # RFC 9110 13.1.5: a strong tag, or a date that is one (8.8.2.2): not of this very second.
+    if condition and (condition != tag or tag[0] != '"') and (
+            condition != http_date(modified) or modified + 1 >= time.time()):
+        return None
+    ranges = parse_range_header(header, size)
+    ordered = sorted(ranges)
+    if len(ranges) > MAX_RANGES or any(a[1] > b[0] for a, b in zip(ordered, ordered[1:])):
+        return None  # RFC 9110 14.2: many, or overlapping
+    return ranges[0] if ranges else (0, 0)  # RFC 9110 15.3.7: one of several will do
+
+
+def check_conditions(tag: str, modified: int) -> int:
+    """RFC 9110 13.2.2, in its order: 412, 304, or 200."""
+    match, unless, none, since = (request.environ.get("HTTP_IF_" + name) for name in (
+        "MATCH", "UNMODIFIED_SINCE", "NONE_MATCH", "MODIFIED_SINCE"))
+    if request.method not in ("GET", "HEAD"):
+        return 200
+    if match:
+        if match != "*" and (tag[:1] != '"' or tag not in re.findall(r'(?:W/)?"[^"]*"', match)):
+            return 412
+    elif unless and modified > (parse_date(unless) or modified):
+        return 412
+    if none:
+        return 304 if none == "*" or tag.replace("W/", "") in re.findall('"[^"]*"', none) else 200
+    return 304 if since and modified <= (parse_date(since) or -1) else 200
+
+
+def static_file(filename: str, root: str, mimetype: Union[bool, str] = True,
+                download: Union[bool, str] = False, charset: str = "UTF-8",
+                etag: Union[None, bool, str] = None, headers: Any = None, *,
+                precompressed: bool = False) -> HTTPResponse:
+    """Answer with a file below `root`: static_file("a/b.css", root="./static").
+
+    It honours conditions and a range. `download`: as an attachment, of that name if it is a str.
+    `etag`: False for none. `precompressed`: send b.css.gz instead, if there is one, to who accepts
+    it. Returns HTTPError 403 for what is not below root, or not readable, and 404.
+    """
+    path = safe_join(root, filename)
+    if path is None:
+        return HTTPError(403, "Access denied.")
+    answer = HTTPResponse(headers=headers)
+    try:
+        file = open_file(path, answer, precompressed)
+    except PermissionError:
+        return HTTPError(403, "You do not have permission to access this file.")
+    except (OSError, ValueError):  # ValueError: no name that a file can have
+        return HTTPError(404, "File does not exist.")
+    name = download if isinstance(download, str) else os.path.basename(path)
+    kind: Any = mimetype
+    if mimetype is True:
+        import mimetypes
+        kind, packed = mimetypes.guess_type(name)
+        if packed:  # what a.tar.gz is: nobody unpacks it on the way
+            kind = "application/gzip" if packed == "gzip" else f"application/x-{packed}"
+        kind = kind or "application/octet-stream"
+    if kind and charset and re.match(r"(?!.*charset=)(text/|application/javascript$)", kind):
+        kind += f"; charset={charset}"
+    if kind:
+        answer.content_type = kind
+    if download:
+        answer.set_header("Content-Disposition", format_attachment(name))
+    return send_part(answer, file, etag)
+
+
+def send_part(answer: HTTPResponse, file: BinaryIO, etag: Any) -> HTTPResponse:
+    """What the conditions and the range of the request make of an answer with a file."""
+    info = os.fstat(file.fileno())
+    size, modified, tag = info.st_size, int(info.st_mtime), ""
+    if etag is not False:  # the same on every machine that has a copy of the file with its time
+        tag = etag or f"{info.st_mtime_ns:x}-{size:x}"
+        answer.headers["ETag"] = tag = tag if '"' in tag else f'"{tag}"'
+    answer.headers.update({"Last-Modified": http_date(modified), "Accept-Ranges": "bytes",
+                           "Date": http_date(time.time())})
+    status, part = check_conditions(tag, modified), wanted_range(size, tag, modified)
+    if status != 200 or part == (0, 0):
+        file.close()
+        if status == 304:
+            answer.status = 304
+            return answer
+        return HTTPError(412) if status == 412 else HTTPError(
+            416, headers={"Content-Range": f"bytes */{size}"})
+    start, end = part or (0, size)
+    answer.body = file
+    if part:
+        answer.status = 206
+        answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        file.seek(start)
+        answer.body = FileWrapper(file, length=end - start)
+    answer.content_length = end - start
+    return answer
 
 
 # === 8. Router ================================================================
@@ -2683,6 +2868,8 @@ class App:
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
+        if isinstance(out, FileWrapper):
+            return out
         if hasattr(out, "__iter__"):
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
@@ -4527,7 +4714,7 @@ def size_of_file(result: Any) -> Optional[int]:
             getattr(file, "raw", file), io.FileIO):  # gzip.open() has a fileno() too
         return None
     try:
-        return max(0, os.fstat(file.fileno()).st_size - file.tell())
+        return max(0, min(os.fstat(file.fileno()).st_size - file.tell(), result.left))
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -4699,7 +4886,7 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
         numbers = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
         worker.bell.on_signals()
     kept = handle(dict.fromkeys(numbers, on_signal))
-    print_started(sockets, "one process")
+    print_started(sockets, "one process", settings)
     try:
         worker.monitor()
     finally:
@@ -4923,7 +5110,8 @@ class Master:
             process.ready = True
             if not self.served:
                 self.served = True
-                print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}")
+                print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}",
+                              self.settings)
             return
         try:
             self.settle(message["options"])
@@ -5057,8 +5245,10 @@ def print_line(text: str) -> None:
     write_to(sys.stderr, f"minibottle: {text}\n")
 
 
-def print_started(sockets: List[socket.socket], workers: str) -> None:
+def print_started(sockets: List[socket.socket], workers: str, settings: Settings) -> None:
     """The start-up line."""
+    if settings.quiet:
+        return
     where = ", ".join(format_address(sock) for sock in sockets)
     python = ".".join(map(str, sys.version_info[:3]))
     print_line(f"{__version__} on {where}, {workers}, Python {python}")
@@ -5099,7 +5289,15 @@ def count_workers(text: str) -> int:
         return os.cpu_count() or 1
 
 
-ADDRESS = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*)):([0-9]{1,5})"
+ADDRESS = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*))(?::([0-9]{1,5}))?"
+
+
+def parse_address(address: str) -> Tuple[str, int]:
+    """"[::1]:80" -> ("::1", 80); "a.b" -> ("a.b", 8080); ":80" -> ("0.0.0.0", 80), any host."""
+    match = re.fullmatch(ADDRESS, address)
+    if not match or not address.strip("0123456789") or int(match[3] or 0) > 65535:
+        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
+    return match[1] or match[2] or "0.0.0.0", int(match[3] or 8080)
 
 
 def bind(address: str) -> socket.socket:
@@ -5107,17 +5305,14 @@ def bind(address: str) -> socket.socket:
 
     Raises UsageError, StartError.
     """
-    match = re.fullmatch(ADDRESS, address)
     name: Any = address[5:] if address.startswith("unix:") else None
-    if name is not None:
+    if name is None:
+        name = parse_address(address)
+        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
+    else:
         family = getattr(socket, "AF_UNIX", None)
         if family is None:
             raise UsageError(f"no unix sockets on this system: {address}")
-    elif match and int(match[3]) <= 65535:
-        name = match[1] or match[2] or "0.0.0.0", int(match[3])
-        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
-    else:
-        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         (bind_unix if type(name) is str else bind_port)(sock, name)
@@ -5227,32 +5422,13 @@ class Server:
         self.stop()
 
 
-def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Optional[int] = None,
-        **options: object) -> None:
-    """Serve a WSGI application (the default one, if none is given) until a signal says stop.
-
-    `host` and `port` (127.0.0.1:8080), or `bind`, and any other setting (SETTINGS). The command
-    line's flags beat them. In a process that has threads, or outside its main thread, it serves
-    without a master. What cannot start is said in a line on stderr, and raises SystemExit.
-    """
-    app = app if app is not None else default_app()
-    if host is not None or port is not None:
-        options.setdefault("bind", join_port(host or "127.0.0.1", 8080 if port is None else port))
-    running: Any = sys.modules.get("minibottle.running")
-    if running is not None:
-        return running(app, options)
-    status = start(lambda: app, options, {}, is_target=False)
-    if status:
-        raise SystemExit(status)
-
-
 def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
           is_target: bool) -> int:
     """Serve with a master, or alone where there can be none; the exit status."""
     why = reason_to_be_alone(str({**defaults, **flags}.get("workers", DEFAULTS.workers)))
     if why is None:
         return Master(load, defaults, flags, is_target).run()
-    if why:
+    if why and not defaults.get("quiet"):
         print_line(why)
     return boot(partial(serve_alone, defaults, flags), load, is_target)
 
@@ -5271,7 +5447,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
 
 
 # === 15. Default app and command line =========================================
-# The module-level shortcuts of Bottle, and `python minibottle.py module:name`.
+# The module-level shortcuts of Bottle, run(), and `python minibottle.py module:name`.
 
 class AppStack(list):
     """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
@@ -5306,6 +5482,165 @@ patch = on_default_app("patch")
 error = on_default_app("error")
 hook = on_default_app("hook")
 url = on_default_app("get_url")
+
+
+# -- to be found by those who look for Bottle --
+
+class ExtFinder:
+    """Finds bottle_x for `from minibottle.ext import x`, under whatever name this file goes."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        from importlib.machinery import ModuleSpec
+        owner, _, child = name.rpartition(".")
+        found = sys.modules.get(owner)
+        if found is ext or child == "ext" and getattr(found, "ext", None) is ext:
+            return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    def create_module(self, spec: Any) -> None:
+        """Python's own."""
+
+    def exec_module(self, module: Any) -> None:
+        """A module may replace itself while it is loaded."""
+        child = module.__name__.rpartition(".")[2]
+        sys.modules[module.__name__] = ext if child == "ext" else import_module("bottle_" + child)
+
+
+ext: Any = type(sys)(__name__ + ".ext")
+ext.__file__ = __file__
+__path__: list = []
+ext.__path__ = __path__  # for the import system both are packages
+sys.meta_path.append(ExtFinder())
+
+
+def install_as_bottle() -> None:
+    """From now on `import bottle` is this file, also in plugins."""
+    if sys.modules.setdefault("bottle", sys.modules[__name__]) is not sys.modules[__name__]:
+        raise RuntimeError("another bottle is imported already: call install_as_bottle() earlier")
+
+
+# -- running --
+
+DEBUG = False  # read when it is needed: applications may set it
+NORUN = False  # run() does nothing, for load_app()
+
+
+class ServerAdapter:
+    """Another server for run(server=...): a subclass has run(handler), handler: the application."""
+
+    quiet = False
+
+    def __init__(self, host: str = "127.0.0.1", port: Any = 8080, **options: Any) -> None:
+        self.host = host
+        self.port = int(port)
+        self.options = options
+
+    def run(self, handler: Callable) -> None:
+        raise NotImplementedError
+
+
+class WSGIRefServer(ServerAdapter):
+    """The standard library's, one request at a time: for tests."""
+
+    def run(self, handler: Callable) -> None:
+        from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+        server = self.options.get("server_class", WSGIServer)
+        family = socket.AF_INET6 if ":" in self.host else server.address_family
+        silence = {"log_request": lambda *args: None} if self.quiet else {}
+        self.srv: Any = make_server(
+            self.host, self.port, handler, type("S", (server,), {"address_family": family}),
+            type("H", (self.options.get("handler_class", WSGIRequestHandler),), silence))
+        self.port = self.srv.server_port
+        with self.srv:
+            self.srv.serve_forever()
+
+
+BUILTIN = ("minibottle", "auto")
+server_names: Dict[str, Any] = dict.fromkeys((*BUILTIN, *(
+    "aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn meinheld paste "
+    "rocket tornado twisted uvloop waitress").split()))  # None: the server of this file
+server_names["wsgiref"] = WSGIRefServer
+
+
+def make_adapter(server: Any, host: str, port: Any, options: dict) -> Optional[ServerAdapter]:
+    """A name, "module:Class", class or instance -> the instance; None: the server of this file."""
+    if isinstance(server, str):
+        name, server = server, server_names[server] if server in server_names else load(server)
+        if server is None:
+            if name not in BUILTIN:
+                print_line(f"server={name!r}: minibottle serves by itself")
+            return None
+    if isinstance(server, type):
+        server = server(host, port, **options)
+    if not isinstance(server, ServerAdapter):
+        raise ValueError(f"{server!r} is no ServerAdapter")
+    return server
+
+
+def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
+        host: str = "127.0.0.1", port: Union[int, str] = 8080, interval: float = 1,
+        reloader: bool = False, quiet: bool = False, plugins: Optional[Iterable] = None,
+        debug: Optional[bool] = None, config: Optional[dict] = None, **options: Any) -> None:
+    """Serve a WSGI application (the default one, if none is given) until a signal says stop.
+
+    `options` are settings (SETTINGS), or another server's own. The command line's flags beat them.
+    In a process that has threads, or outside its main thread, it serves without a master. What
+    cannot start is said in a line on stderr, and raises SystemExit.
+    """
+    global DEBUG
+    running = sys.modules.get("minibottle.running")
+    if NORUN:
+        return
+    if reloader:
+        print_line("run(reloader=True) does not reload here")
+    app = default_app() if app is None else load_app(app) if isinstance(app, str) else app
+    DEBUG = DEBUG if debug is None else debug
+    configure(app, plugins, config)
+    adapter = make_adapter(server, host, port, options)
+    if adapter is not None:
+        adapter.quiet = adapter.quiet or quiet
+        if not adapter.quiet:
+            print_line(f"{type(adapter).__name__} on {adapter.host}:{adapter.port}")
+        try:
+            return adapter.run(app)
+        except KeyboardInterrupt:
+            return
+    unknown = sorted(set(options) - set(SETTING_DEFAULTS))
+    if unknown:
+        print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(SETTING_DEFAULTS)}")
+    options = {"bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "quiet": quiet,
+               **{name: value for name, value in options.items() if name not in unknown}}
+    if running is not None:
+        return running(app, options)
+    status = start(lambda: app, options, {}, is_target=False)
+    if status:
+        raise SystemExit(status)
+
+
+def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict]) -> None:
+    """What run() and the command line are given for an App."""
+    for plugin in plugins or ():
+        app.install(load(plugin) if isinstance(plugin, str) else plugin)
+    if config:
+        app.config.update(config)
+
+
+def load(target: str) -> Any:
+    """"a.b" -> the module, "a.b:c.d" -> what it has under that name."""
+    module, _, names = target.partition(":")
+    return reduce(getattr, names.split(".") if names else (), import_module(module))
+
+
+def load_app(target: str) -> Callable:
+    """What `target` names if that can be called, else the default App that its import fills."""
+    global NORUN
+    kept, NORUN = NORUN, True
+    made = default_app.push()
+    try:
+        found = load(target)
+        return found if callable(found) else made
+    finally:
+        default_app.remove(made)
+        NORUN = kept
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -5376,8 +5711,24 @@ def required_parameters(function: Callable) -> int:
                and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
+def load_prepared(given: dict) -> Optional[Callable]:
+    """The target of the command line, with its plugins and configuration; None: it has run."""
+    app: Any = load_target(given["target"])
+    if app is None:
+        return None
+    for path in given["conf"]:
+        if path.endswith(".json"):
+            with open(path, "rb") as file:
+                app.config.load_dict(json_loads(file.read()))
+        else:
+            app.config.load_config(path)
+    pairs = [text.partition("=") for text in given["param"]]
+    configure(app, given["plugin"], {name: value if eq else True for name, eq, value in pairs})
+    return app
+
+
 def make_parser() -> Any:
-    """The command line: a flag for each row of SETTINGS."""
+    """The command line: a flag for each row of SETTINGS, and Bottle's."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -5397,28 +5748,43 @@ def make_parser() -> Any:
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
                                 help=f"the opposite; {flag} is the default")
         elif isinstance(default, tuple):
-            parser.add_argument(flag, dest=name, action="append", metavar="ADDRESS",
+            parser.add_argument("-b", flag, dest=name, action="append", metavar="ADDRESS",
                                 help=f"{meaning} ({default[0]})")
         else:
             parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
+    for flag, metavar, meaning in (
+            ("server", "NAME", "another server: wsgiref, or module:Class"),
+            ("plugin", "TARGET", "install a plugin (repeatable)"),
+            ("conf", "FILE", "configuration of the App: .json or INI (repeatable)"),
+            ("param", "NAME=VALUE", "one value of it (repeatable)")):
+        short = "-C" if flag == "param" else "-" + flag[0]
+        many: Any = {} if flag == "server" else {"action": "append", "default": []}
+        parser.add_argument(short, "--" + flag, metavar=metavar, help=meaning, **many)
+    parser.add_argument("--debug", action="store_true", help="show errors in the answers")
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status."""
+    global DEBUG
     try:
         given = vars(make_parser().parse_args(argv))
     except UsageError as error:
         return report(error)
-    target = given.pop("target")
-    flags = {name: value for name, value in given.items() if value is not None}
+    flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
     import logging
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
+    DEBUG = given["debug"]
     try:
         Settings(**flags)
-        return start(lambda: load_target(target), {"access_log": True}, flags, is_target=True)
+        if given["server"]:
+            app = load_prepared(given)
+            if app is not None:
+                run(app, given["server"], *parse_address(flags.get("bind", DEFAULTS.bind)[0]))
+            return 0
+        return start(partial(load_prepared, given), {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
         return report(error)
 

@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import logging
+import ntpath
 import os
 import pickle
 import queue
@@ -74,8 +75,9 @@ from minibottle import (
     App, BadRequest, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError, HTTPResponse,
     MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings,
     SimpleTemplate, TemplateError, TestClient, UsageError, WSGIHeaderDict, abort, accepts_gzip,
-    format_field, html_escape, http_date, iter_chunked, negotiate_gzip, parse_cookies,
-    parse_framing, parse_head, parse_qsl, redirect, request, response, view)
+    format_field, html_escape, http_date, iter_chunked, negotiate_gzip, parse_cookies, parse_date,
+    parse_framing, parse_head, parse_qsl, parse_range_header, path_shift, redirect, request,
+    response, safe_join, static_file, view)
 
 LONG = os.environ.get("MINIBOTTLE_LONG") == "1"
 only_cpython = unittest.skipUnless(sys.implementation.name == "cpython",
@@ -1089,6 +1091,19 @@ class DateTest(UnitTest):
         self.assertEqual(http_date(datetime.date(2024, 2, 29)), "Thu, 29 Feb 2024 00:00:00 GMT")
         self.assertEqual(http_date("Thu, 29 Feb 2024"), "Thu, 29 Feb 2024")
 
+    def test_a_date_is_read_in_each_of_its_three_forms(self):
+        for text, expected in (
+                ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777),
+                ("Sunday, 06-Nov-94 08:49:37 GMT", 784111777),
+                ("Sun Nov  6 08:49:37 1994", 784111777), (http_date(1e9), 1e9),
+                ("", None), ("Bad 123", None), ("yesterday", None), ("\x00", None),
+                ("Sun, 99 Nov 1994 99:99:99 XXX +9999999999999", None), ("1 1 1 1 1 1", None)):
+            with self.subTest(text=text):
+                found = parse_date(text)
+                self.assertEqual(None if expected is None else found, expected)
+        for text in ("a ", "1,", "Sun, ", ":"):
+            self.assertQuick(parse_date, text * (32768 // len(text)))
+
 
 class TextTest(UnitTest):
 
@@ -1096,6 +1111,20 @@ class TextTest(UnitTest):
         text = "<a href=\"x\">&'ö</a>&amp;"
         self.assertEqual(html.unescape(html_escape(text)), text)
         self.assertFalse(set(html_escape(text)) & set("<>\"'"))
+
+    def test_a_quoted_attribute_has_its_quotes_and_one_line(self):
+        self.assertEqual(minibottle.html_quote("<'\r\n\t\">"),
+                         '"&lt;&#039;&#13;&#10;&#9;&quot;&gt;"')
+
+    def test_segments_move_between_the_two_parts_of_a_path(self):
+        for script, path, shift, expected in (
+                ("/a", "/b/c", 1, ("/a/b", "/c")), ("/a/", "/b/c/", 1, ("/a/b", "/c/")),
+                ("", "/b/c/", 2, ("/b/c", "/")), ("/a/b", "/c", -1, ("/a", "/b/c")),
+                ("/a", "/", -1, ("/", "/a/")), ("/a", "/b", 0, ("/a", "/b"))):
+            with self.subTest(script=script, path=path, shift=shift):
+                self.assertEqual(path_shift(script, path, shift), expected)
+        for shift in (-2, 2):
+            self.assertRaises(AssertionError, path_shift, "/a", "/b", shift)
 
     def test_json_that_is_none_is_a_value_error(self):
         for text in ("NaN", "[Infinity]", "-Infinity", "[" * 100000, '{"a":' * 100000, "", "{",
@@ -2196,6 +2225,296 @@ class GzipMiddlewareTest(UnitTest):
                 raise exc_info[1]
         with self.assertRaises(ZeroDivisionError):
             list(self.run_middleware(app, start_response))
+
+
+class SafeJoinTest(UnitTest):
+    """What a client may name is below the root, on every system."""
+
+    def test_nothing_above_the_root_has_a_name(self):
+        for name in ("..", "../a", "a/../../b", "/../a", "//../a", "a/../..", "./..", "", "/", ".",
+                     "a\0", "\0", "../www2/a", "../ww"):
+            with self.subTest(name=name):
+                self.assertIsNone(safe_join("/srv/www", name))
+        for name, expected in (
+                ("a/b", "a/b"), ("/etc/passwd", "etc/passwd"), ("//a", "a"), ("a/../b", "b"),
+                ("\\a", "a"), ("..a", "..a"), ("%2e%2e/a", "%2e%2e/a"), ("c:a", "c:a"),
+                ("nul", "nul"), ("a\\..\\..\\b", "a\\..\\..\\b")):
+            for root in ("/srv/www", "/srv/www/", "/srv/./x/../www"):
+                with self.subTest(name=name, root=root):
+                    self.assertEqual(safe_join(root, name), "/srv/www/" + expected)
+        self.assertEqual(safe_join("/", "a"), "/a")
+        self.assertEqual(safe_join(".", "a"), os.path.join(os.getcwd(), "a"))
+
+    def test_windows_has_more_names_that_lead_elsewhere(self):
+        for name in ("..\\a", "a\\..\\..\\b", "../a", "d:a", "d:\\a", "c:\\windows\\a", "a:stream",
+                     "a.txt::$DATA", "nul", "NUL", "con.txt", "a/aux", "a\\PRN ", "com1", "lpt9.log",
+                     "COM\u00b9", "conin$", "..\\www2\\a", "nul .txt", "a\0"):
+            with self.subTest(name=name):
+                self.assertIsNone(safe_join("C:\\www", name, ntpath))
+        for name in ("a\\b", "a/b", "\\\\a\\b", "a\\c\\..\\b"):
+            self.assertEqual(safe_join("C:\\www", name, ntpath), "C:\\www\\a\\b")
+        for name in ("console.log", "null", "com10", "acon", "auxiliary.txt", "nul_"):
+            self.assertEqual(safe_join("C:\\www", name, ntpath), "C:\\www\\" + name)
+
+
+class StaticFiles:
+    """A folder of files and `ask`, a request to a site that sends them by static_file(**options)."""
+
+    DATA = bytes(range(256)) * 4
+    DATE = "Sun, 09 Sep 2001 01:46:40 GMT"
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = os.path.join(folder.name, "www")
+        os.makedirs(os.path.join(self.root, "folder"))
+        for name in ("data.bin", "page.html", "app.js", "notes", "a.tar.gz", "b.tar.bz2",
+                     UNICODE + ".txt", "../secret.txt"):
+            self.write(name, self.DATA)
+        self.write("empty.txt", b"")
+
+    def write(self, name, data, moment=1000000000):
+        path = os.path.join(self.root, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        os.utime(path, (moment, moment))
+
+    def site(self, **options):
+        app = App()
+
+        @app.route("/<name:path>", ["GET", "POST"])
+        def send(name):
+            return static_file(name, self.root, **options)
+        return app
+
+    def ask(self, name="data.bin", method="GET", options=None, **headers):
+        headers = {key.replace("_", "-"): value for key, value in headers.items()}
+        return ask(self.site(**options or {}), "/" + name, method, headers=headers)
+
+
+class StaticFileTest(StaticFiles, UnitTest):
+    """RFC 9110 13 and 14."""
+
+    def test_a_file_comes_whole_with_its_validators(self):
+        answer = self.ask()
+        self.assertEqual((answer.status_code, answer.body), (200, self.DATA))
+        self.assertEqual(
+            [answer.headers[name] for name in ("Content-Length", "Last-Modified", "Accept-Ranges",
+                                               "Content-Type")],
+            ["1024", self.DATE, "bytes", "application/octet-stream"])
+        self.assertRegex(answer.headers["ETag"], r'\A"[0-9a-f]+-400"\Z')
+        head = self.ask(method="HEAD", Range="bytes=0-1")
+        self.assertEqual((head.status_code, head.body, head.headers["Content-Length"]),
+                         (200, b"", "1024"))
+        self.assertEqual(self.ask("empty.txt", Range="bytes=0-").headers["Content-Length"], "0")
+
+    def test_what_is_not_there_or_not_below_is_refused(self):
+        for name, status in (("nothing", 404), ("folder", 404), ("folder/nothing", 404),
+                             ("data.bin/x", 404), ("x" * 5000, 404), ("../secret.txt", 403),
+                             ("folder/../../secret.txt", 403), ("../nothing", 403), ("%00", 403),
+                             ("a%00.txt", 403), ("folder/..", 403), ("..%5csecret.txt", 404)):
+            with self.subTest(name=name):
+                self.assertEqual(self.ask(urllib.parse.quote(name, safe="/%")).status_code, status)
+        self.assertEqual(static_file("\udc80\ud800", self.root).status_code, 404)
+        self.assertEqual(static_file("a", self.root + "\0").status_code, 404)
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no pipes here")
+    def test_a_pipe_is_no_file_and_links_are_followed(self):
+        os.mkfifo(os.path.join(self.root, "pipe"))
+        os.symlink(os.path.join("..", "secret.txt"), os.path.join(self.root, "link"))
+        self.assertEqual(self.ask("pipe").status_code, 404)
+        self.assertEqual(self.ask("link").body, self.DATA)
+
+    @unittest.skipIf(IS_ROOT, "root may read everything")
+    def test_a_file_that_may_not_be_read_is_forbidden(self):
+        os.chmod(os.path.join(self.root, "data.bin"), 0)
+        self.assertEqual(self.ask().status_code, 403)
+
+    def test_types_are_guessed_and_text_has_a_charset(self):
+        for name, options, expected in (
+                ("page.html", {}, "text/html; charset=UTF-8"),
+                ("page.html", {"charset": "latin1"}, "text/html; charset=latin1"),
+                ("page.html", {"charset": ""}, "text/html"),
+                ("notes", {}, "application/octet-stream"), ("a.tar.gz", {}, "application/gzip"),
+                ("b.tar.bz2", {}, "application/x-bzip2"), ("notes", {"mimetype": "a/b"}, "a/b"),
+                ("notes", {"mimetype": "text/x"}, "text/x; charset=UTF-8"),
+                ("notes", {"mimetype": "text/x; charset=b"}, "text/x; charset=b"),
+                ("notes", {"mimetype": "application/javascript"},
+                 "application/javascript; charset=UTF-8"),
+                ("notes", {"download": "song.mp3"}, "audio/mpeg"),
+                ("notes", {"mimetype": None}, "text/html; charset=UTF-8")):
+            with self.subTest(name=name, options=options):
+                answer = self.ask(name, options=options)
+                self.assertEqual(answer.headers["Content-Type"], expected)
+                self.assertNotIn("Content-Encoding", answer.headers)
+
+    def test_a_download_has_its_name_whatever_is_in_it(self):
+        for name, expected in (
+                (True, 'filename="data.bin"'), ("a b.txt", 'filename="a b.txt"'),
+                ('a"b\\c', "filename=\"a_b_c\"; filename*=UTF-8''a%22b_c"),
+                ("ö.txt", "filename=\"_.txt\"; filename*=UTF-8''%C3%B6.txt"),
+                ("50%.txt", "filename=\"50_.txt\"; filename*=UTF-8''50%25.txt"),
+                ("a\r\nSet-Cookie: b/../c", 'filename="a__Set-Cookie: b_.._c"'),
+                ("\udc80", "filename=\"_\"; filename*=UTF-8''%3F")):
+            with self.subTest(name=name):
+                answer = self.ask(options={"download": name})
+                self.assertEqual(answer.headers["Content-Disposition"], "attachment; " + expected)
+        answer = self.ask(urllib.parse.quote(UNICODE + ".txt"), options={"download": True})
+        message = email.message_from_string(
+            "Content-Disposition: " + answer.headers["Content-Disposition"].partition(";")[0]
+            + ";" + answer.headers["Content-Disposition"].rpartition(";")[2] + "\n\n")
+        self.assertEqual(email.utils.collapse_rfc2231_value(
+            message.get_param("filename", header="Content-Disposition")), UNICODE + ".txt")
+
+    def test_conditions_hold_in_their_order(self):
+        """RFC 9110 13.2.2."""
+        tag, old, new = self.ask().headers["ETag"], "Sat, 01 Jan 2000 00:00:00 GMT", http_date(2e9)
+        for headers, status in (
+                ({"If_None_Match": tag}, 304), ({"If_None_Match": "W/" + tag}, 304),
+                ({"If_None_Match": '"a", "b,c" ,W/%s' % tag}, 304), ({"If_None_Match": "*"}, 304),
+                ({"If_None_Match": '"a"'}, 200), ({"If_None_Match": tag.strip('"')}, 200),
+                ({"If_None_Match": '"a"', "If_Modified_Since": new}, 200),
+                ({"If_None_Match": tag, "If_Modified_Since": old}, 304),
+                ({"If_Modified_Since": self.DATE}, 304), ({"If_Modified_Since": new}, 304),
+                ({"If_Modified_Since": old}, 200), ({"If_Modified_Since": "yesterday"}, 200),
+                ({"If_Match": tag}, 200), ({"If_Match": "*"}, 200), ({"If_Match": '"a"'}, 412),
+                ({"If_Match": "W/" + tag}, 412), ({"If_Match": '"a"', "If_None_Match": tag}, 412),
+                ({"If_Match": tag, "If_Unmodified_Since": old}, 200),
+                ({"If_Unmodified_Since": old}, 412), ({"If_Unmodified_Since": self.DATE}, 200),
+                ({"If_Unmodified_Since": "soon"}, 200), ({"If_Match": tag, "Range": "bytes=0-"}, 206),
+                ({"If_None_Match": tag, "Range": "bytes=0-1"}, 304),
+                ({"If_Match": '"a"', "Range": "bytes=9999-"}, 412)):
+            for method in ("GET", "HEAD"):
+                with self.subTest(headers=headers, method=method):
+                    answer = self.ask(method=method, **headers)
+                    self.assertEqual(answer.status_code, 200 if method == "HEAD" and status == 206
+                                     else status)
+        answer = self.ask(If_None_Match=tag, options={"headers": {"Cache-Control": "max-age=9"}})
+        self.assertEqual((answer.body, answer.headers["ETag"], answer.headers["Cache-Control"]),
+                         (b"", tag, "max-age=9"))
+        self.assertEqual(self.ask(method="POST", If_None_Match=tag).status_code, 200)
+
+    def test_a_tag_may_be_given_or_left_out(self):
+        for etag, expected in (("v1", '"v1"'), ('"v1"', '"v1"'), ('W/"v1"', 'W/"v1"')):
+            answer = self.ask(options={"etag": etag}, If_None_Match='"v0", "v1"')
+            self.assertEqual((answer.status_code, answer.headers["ETag"]), (304, expected))
+        self.assertNotIn("ETag", self.ask(options={"etag": False}).headers)
+        answer = self.ask(options={"etag": 'W/"v1"'}, If_Range='W/"v1"', Range="bytes=0-0")
+        self.assertEqual(answer.status_code, 200)
+
+    def test_a_range_is_what_was_asked_for(self):
+        for header, part in (
+                ("bytes=0-0", (0, 1)), ("bytes=10-25", (10, 26)), ("bytes=1000-", (1000, 1024)),
+                ("bytes=-24", (1000, 1024)), ("bytes=-9999", (0, 1024)), ("bytes=0-", (0, 1024)),
+                ("bytes=1000-99999999999999", (1000, 1024)), ("Bytes=1023-1023", (1023, 1024)),
+                ("bytes=10-25,-80", (10, 26)), ("bytes=9999-, 5-6", (5, 7))):
+            with self.subTest(header=header):
+                answer = self.ask(Range=header)
+                start, end = part
+                self.assertEqual((answer.status_code, answer.body), (206, self.DATA[start:end]))
+                self.assertEqual(answer.headers["Content-Range"], f"bytes {start}-{end - 1}/1024")
+                self.assertEqual(answer.headers["Content-Length"], str(end - start))
+
+    def test_what_no_range_fits_is_told_the_length(self):
+        for header in ("bytes=1024-", "bytes=-0", "bytes=5-4", "bytes=", "bytes=a-b", "bytes=-",
+                       "bytes=0-1,x", "bytes=1-2-3", "bytes=+1-2", "bytes=%s-" % ("9" * 19)):
+            with self.subTest(header=header):
+                answer = self.ask(Range=header)
+                self.assertEqual((answer.status_code, answer.headers["Content-Range"]),
+                                 (416, "bytes */1024"))
+        for header in ("lines=0-1", "0-1", "bytes 0-1", "bytes=0-9,5-19", "bytes=1-,2-",
+                       "bytes=" + ",".join("%d-%d" % (i, i) for i in range(0, 12, 2))):
+            with self.subTest(header=header):
+                self.assertEqual(self.ask(Range=header).body, self.DATA)
+
+    def test_a_range_of_another_version_is_all_of_this_one(self):
+        tag = self.ask().headers["ETag"]
+        for condition, status in ((tag, 206), (self.DATE, 206), ('"a"', 200), ("W/" + tag, 200),
+                                  ("Sun, 09 Sep 2001 01:46:41 GMT", 200), ("*", 200)):
+            with self.subTest(condition=condition):
+                answer = self.ask(Range="bytes=0-9", If_Range=condition)
+                self.assertEqual(answer.status_code, status)
+        self.write("data.bin", self.DATA, int(time.time()))
+        now = self.ask().headers["Last-Modified"]
+        self.assertEqual(self.ask(Range="bytes=0-9", If_Range=now).status_code, 200)
+
+    def test_ranges_are_read_in_linear_time(self):
+        self.assertEqual(parse_range_header("bytes=10-,-10,5-10", 100),
+                         [(10, 100), (90, 100), (5, 11)])
+        for text in ("1-2,", ",", "-", "9" * 18, " ", "-1,"):
+            self.assertQuick(parse_range_header, "bytes=" + text * (8192 // len(text)), 1 << 40)
+
+    def test_a_gzip_sibling_is_sent_to_who_accepts_it(self):
+        packed, on = gzip.compress(self.DATA), {"precompressed": True}
+        self.write("app.js.gz", packed)
+        answer = self.ask("app.js", options=on, Accept_Encoding="gzip")
+        self.assertEqual((answer.body, answer.headers["Content-Encoding"], answer.headers["Vary"]),
+                         (packed, "gzip", "Accept-Encoding"))
+        self.assertIn("javascript", answer.headers["Content-Type"])
+        part = self.ask("app.js", options=on, Accept_Encoding="gzip", Range="bytes=2-5")
+        self.assertEqual(part.body, packed[2:6])
+        plain = self.ask("app.js", options=on)
+        self.assertEqual((plain.body, plain.headers["Vary"]), (self.DATA, "Accept-Encoding"))
+        self.assertNotEqual(plain.headers["ETag"], answer.headers["ETag"])
+        for options in ({}, on):
+            self.assertEqual(self.ask("app.js", options=options).body, self.DATA)
+        self.write("app.js.gz", packed, 999999999)   # older than what it was made of
+        self.assertEqual(self.ask("app.js", options=on, Accept_Encoding="gzip").body, self.DATA)
+        self.assertEqual(self.ask("app.js", Accept_Encoding="gzip").body, self.DATA)
+
+
+class ServedFileTest(StaticFiles, WireTest):
+    """Files by the built-in server's sendfile, and by the standard library's server."""
+
+    DATA = bytes(range(256)) * 12000         # more than a socket takes at once
+
+    def fetch_part(self, url, *fields, method="GET"):
+        with contextlib.closing(Client(url)) as client:
+            client.request(method, "/data.bin", headers=dict(fields))
+            answer = client.getresponse()
+            return answer.status, answer.headers, answer.read()
+
+    def test_parts_and_conditions_are_the_same_on_every_server(self):
+        for start in (serve_builtin, serve_wsgiref):
+            with self.subTest(start=start.__name__), start(self.site()) as url:
+                status, headers, body = self.fetch_part(url)
+                self.assertEqual((status, body == self.DATA), (200, True))
+                fresh = self.fetch_part(url, ("If-None-Match", headers["ETag"]))
+                self.assertEqual((fresh[0], fresh[2]), (304, b""))
+                for first, last in ((0, 0), (5, 2000000), (3071999, 3071999)):
+                    part = self.fetch_part(url, ("Range", "bytes=%d-%d" % (first, last)))
+                    self.assertEqual((part[0], part[2] == self.DATA[first:last + 1]), (206, True))
+                late = self.fetch_part(url, ("Range", "bytes=3072000-"))
+                self.assertEqual((late[0], late[1]["Content-Range"]), (416, "bytes */3072000"))
+                head = self.fetch_part(url, method="HEAD")
+                self.assertEqual((head[0], head[1]["Content-Length"]), (200, "3072000"))
+
+    def test_a_part_goes_out_by_sendfile_and_the_connection_lives_on(self):
+        sent = []
+
+        def sendfile(*args):
+            sent.append(args)
+            return real(*args)
+        real = getattr(os, "sendfile", None) or self.skipTest("no sendfile here")
+        server = self.serve(self.site())
+        wire = self.connect(server)
+        with mock.patch.object(os, "sendfile", sendfile):
+            for start in (7, 2999999):
+                answer = wire.send(get("/data.bin", "Range: bytes=%d-3000000" % start)).answer()
+                self.assertEqual((answer.status, answer.body), (206, self.DATA[start:3000001]))
+        self.assertEqual((len(sent) > 1, sent[0][2], sent[-1][2]), (True, 7, 2999999))
+
+    def test_a_download_that_broke_off_is_resumed(self):
+        try:
+            import requests
+        except ImportError:
+            self.skipTest("requests is not installed")
+        with serve_builtin(self.site(download="ä.bin")) as url, requests.Session() as session:
+            with session.get(url + "/data.bin", stream=True) as answer:
+                got = answer.raw.read(100000)
+            rest = session.get(url + "/data.bin", headers={
+                "Range": "bytes=%d-" % len(got), "If-Range": answer.headers["ETag"]})
+            self.assertEqual((rest.status_code, got + rest.content == self.DATA), (206, True))
 
 
 # === 8. Router ================================================================
@@ -5973,9 +6292,11 @@ class CommandTargetTest(PooledTest):
             (["shop:app", "--grace", "-1"], "grace", "-1"),
             (["shop:app", "--keepalive-timeout", "nan"], "keepalive[_-]timeout", "nan"),
             (["shop:app", "--gzip-level", "77", "--bind", "127.0.0.1:0"], "77"),
-            (["shop:app", "--bind", "nonsense"], "nonsense"),
+            (["shop:app", "--bind", "a/b"], "a/b"),
+            (["shop:app", "--bind", "8080"], "8080"),
+            (["shop:app", "--bind", ""], "address"),
+            (["shop:app", "--server", "wsgiref", "--bind", "unix:/x"], "unix:/x"),
             (["shop:app", "--bind", "127.0.0.1:65536"], "65536"),
-            (["shop:main_with_a_typo"], "colour", "grace"),
             (["shop:main_with_a_word"], "grace", "long")], 2, self.check_one_line)
 
     def test_an_application_that_cannot_start_is_one_message_and_an_end(self):
@@ -6002,7 +6323,8 @@ class CommandTargetTest(PooledTest):
             address = "127.0.0.1:%d" % taken.getsockname()[1]
             self.check_ends([(["shop:app", "--bind", address, "--workers", n], address, "in use")
                              for n in "012"], 1, self.check_one_line)
-        self.check_ends([(["shop:app", "--bind", "host.invalid:80"], "host.invalid")],
+        self.check_ends([(["shop:app", "--bind", "host.invalid:80"], "host.invalid"),
+                         (["shop:app", "-b", "host.invalid"], "host.invalid")],
                         1, self.check_one_line)
 
     def test_help_names_every_setting_and_version_the_version(self):
@@ -6149,6 +6471,146 @@ class CommandLineTest(PooledTest):
             self.assertIn("threads", server.err[0])
             self.assertEqual(fetch(server.url)[::2], (200, b"Hello World!"))
             self.assertEqual(server.stop(), 0)
+
+
+class RunTest(UnitTest):
+    """run() and its arguments, as Bottle has them."""
+
+    def run_in_thread(self, *args, **options):
+        """The URL of a run() in a thread: it ends with the process."""
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        threading.Thread(target=minibottle.run, args=args, daemon=True,
+                         kwargs=dict(options, port=port)).start()
+        url = "http://127.0.0.1:%d" % port
+        self.assertTrue(wait_until(lambda: is_served(url)))
+        return url
+
+    def test_a_thread_serves_what_it_is_given_and_old_options_do_no_harm(self):
+        app = app_of(lambda: "a")
+        for options, said in (({"quiet": True}, ""), ({"server": "auto", "quiet": True}, ""),
+                              ({"server": "paste", "quiet": True}, "paste.*by itself"),
+                              ({"fast": True, "degug": 1}, "ignores degug, fast; .*grace"),
+                              ({"server": "wsgiref", "host": "localhost"}, "WSGIRefServer on"),
+                              ({"host": "localhost", "grace": "1"}, "main thread")):
+            with self.subTest(options=options), mock.patch.object(sys, "stderr", io.StringIO()):
+                self.assertEqual(fetch(self.run_in_thread(app, **options))[2], b"a")
+                lines = sys.stderr.getvalue()
+            self.assertRegex(lines, said or r"\A\Z")
+
+    def test_another_server_is_a_class_an_instance_a_target_or_a_name(self):
+        made = []
+
+        class Adapter(minibottle.ServerAdapter):
+            def run(self, handler):
+                made.append((handler, self.host, self.port, self.options, self.quiet))
+                raise KeyboardInterrupt
+        app, ready = App(), Adapter("h", "7", a=1)
+        names = {"mine": Adapter, "paste": ready}
+        module = types.SimpleNamespace(Adapter=Adapter, __spec__=None)
+        with mock.patch.dict(minibottle.server_names, names), \
+                mock.patch.dict(sys.modules, a_server=module):
+            for server in (Adapter, "mine", "a_server:Adapter", ready, "paste"):
+                minibottle.run(app, server, host="h", port="7", quiet=True, a=1)
+        self.assertEqual(made, [(app, "h", 7, {"a": 1}, True)] * 5)
+        for server in (5, "json:dumps"):
+            self.assertRaises(ValueError, minibottle.run, app, server)
+        with self.assertRaises(ImportError):
+            minibottle.run(app, "no_such_server")
+
+    def test_plugins_config_and_debug_are_set_before_it_serves(self):
+        class Adapter(minibottle.ServerAdapter):
+            quiet = True
+
+            def run(self, handler):
+                seen.append((list(handler.installed), handler.config["a"], minibottle.DEBUG))
+        app, seen = App(), []
+        app.installed = []
+        app.install = app.installed.append
+        with mock.patch.object(minibottle, "DEBUG", False):
+            minibottle.run(app, Adapter, plugins=[len, "json:dumps"], config={"a": "b"}, debug=True)
+        self.assertEqual(seen, [([len, json.dumps], "b", True)])
+
+    def test_what_is_imported_for_its_application_does_not_run(self):
+        module = types.ModuleType("a_shop")
+        loader = types.SimpleNamespace(
+            create_module=lambda spec: module,
+            exec_module=lambda module: (minibottle.get("/", callback=lambda: "a"),
+                                        minibottle.run(), setattr(module, "made", wsgiref)))
+        finder = types.SimpleNamespace(find_spec=lambda name, path=None, target=None: None
+                                       if name != "a_shop" else
+                                       importlib.machinery.ModuleSpec(name, loader))
+        before = list(minibottle.default_app)
+        with mock.patch.object(sys, "meta_path", [finder, *sys.meta_path]), \
+                mock.patch.dict(sys.modules):
+            app = minibottle.load_app("a_shop")
+            self.assertEqual(ask(app).body, b"a")
+            self.assertIs(minibottle.load("a_shop:made.util"), wsgiref.util)
+        self.assertEqual((list(minibottle.default_app), minibottle.NORUN), (before, False))
+        self.assertIs(minibottle.load_app("json:dumps"), json.dumps)
+
+
+class ExtTest(UnitTest):
+    """`from bottle.ext import x` is bottle_x, and `import bottle` this file, where it is asked."""
+
+    def setUp(self):
+        patch = mock.patch.dict(sys.modules)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.plugin = sys.modules["bottle_a_plugin"] = types.ModuleType("bottle_a_plugin")
+        self.plugin.item = "value"
+
+    def test_plugins_are_found_under_both_names(self):
+        sys.modules.pop("bottle", None)
+        minibottle.install_as_bottle()
+        minibottle.install_as_bottle()
+        import bottle
+        self.assertIs(bottle, minibottle)
+        for name in ("bottle", "minibottle"):
+            names = {}
+            exec(f"from {name}.ext import a_plugin\nimport {name}.ext.a_plugin as same\n"
+                 f"from {name}.ext.a_plugin import item\nfrom {name} import ext", names)
+            self.assertIs(names["a_plugin"], self.plugin)
+            self.assertIs(names["same"], self.plugin)
+            self.assertEqual((names["item"], names["ext"].__file__), ("value", FILE))
+            with self.assertRaisesRegex(ImportError, "bottle_missing"):
+                importlib.import_module(name + ".ext.missing")
+        self.assertEqual(self.plugin.__name__, "bottle_a_plugin")
+        self.assertIsNone(importlib.util.find_spec("email.ext"))
+
+    def test_another_bottle_is_left_alone(self):
+        sys.modules["bottle"] = other = types.ModuleType("bottle")
+        self.assertRaises(RuntimeError, minibottle.install_as_bottle)
+        self.assertIs(sys.modules["bottle"], other)
+
+
+class CommandOptionsTest(PooledTest):
+    """The command line's options that Bottle has too."""
+
+    def test_short_flags_and_another_server(self):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            address = "127.0.0.1:%d" % sock.getsockname()[1]
+        with Command("shop:app", "-s", "wsgiref", "-b", address, bind=False) as server:
+            server.wait_for("WSGIRefServer on " + address)
+            self.assertTrue(wait_until(lambda: is_served("http://" + address)))
+            server.stop(signal.SIGINT)
+            self.assertEqual(server.status, 0)
+        with serve("shop:app", "--server", "gunicorn", "-C", "a=b", "-C", "c", "--debug") as server:
+            server.wait_for("gunicorn.*by itself")
+            self.assertEqual(fetch(server.url)[2], b"Hello World!")
+
+    def test_an_unknown_option_of_run_is_named_and_costs_nothing(self):
+        with serve("shop:main_with_a_typo", bind=False) as server:
+            server.wait_for("ignores colour")
+            self.assertEqual(fetch(server.url)[0], 200)
+
+    def test_quiet_is_quiet(self):
+        path = os.path.join(FOLDER, "quiet")
+        with Command("shop:app", "--quiet", "--bind", "unix:" + path) as server:
+            self.assertTrue(wait_until(lambda: is_served("unix:" + path)))
+            self.assertEqual((server.stop(), server.err), (0, [None]))
 
 
 class CommandOnPoorSystemTest(PooledTest):
