@@ -2237,9 +2237,9 @@ class SafeJoinTest(UnitTest):
         self.assertEqual(safe_join(".", "a"), os.path.join(os.getcwd(), "a"))
 
     def test_windows_has_more_names_that_lead_elsewhere(self):
-        for name in ("..\\a", "a\\..\\..\\b", "../a", "d:a", "d:\\a", "c:\\windows\\a", "a:b",
-                     "a.txt::$DATA", "nul", "NUL", "con.txt", "a/aux", "a\\PRN ", "com1", "lpt9.log",
-                     "COM\u00b9", "conin$", "..\\www2\\a", "nul .txt", "a\0"):
+        for name in ("..\\a", "a\\..\\..\\b", "../a", "d:a", "d:\\a", "c:\\windows\\a",
+                     "a:b", "a.txt::$DATA", "nul", "NUL", "con.txt", "a/aux", "a\\PRN ", "com1",
+                     "lpt9.log", "COM\u00b9", "conin$", "..\\www2\\a", "nul .txt", "a\0"):
             with self.subTest(name=name):
                 self.assertIsNone(safe_join("C:\\www", name, ntpath))
         for name in ("a\\b", "a/b", "\\\\a\\b", "a\\c\\..\\b"):
