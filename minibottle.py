@@ -5520,7 +5520,6 @@ def install_as_bottle() -> None:
 
 # -- running --
 
-DEBUG = False  # read when it is needed: applications may set it
 NORUN = False  # run() does nothing, for load_app()
 
 
