@@ -1731,7 +1731,9 @@ class RouteBuildError(RouteError):
 
 
 # <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
-WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>", re.ASCII)
+# Bottle's first syntax, :name and :name#pattern#, is read too, but not inside a word: /users:batch.
+WILDCARD = re.compile(r"(\\*)(?:<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>"
+                      r"|(?<!\w):(?:([A-Za-z_]\w*)(?:#(.*?)#)?|#(.*?)#))", re.ASCII)
 GROUP = r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))"
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
@@ -1861,7 +1863,8 @@ class Router:
             known.converters = converters_of(parts)
             return
         self.count += 1
-        made = table.rules[flat] = Rule(self.count, pattern, converters_of(parts), target)
+        order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
+        made = table.rules[flat] = Rule(order, pattern, converters_of(parts), target)
         table.place(segments, spans).append(made)
 
     def parse(self, rule: str) -> list:
@@ -1869,13 +1872,19 @@ class Router:
         parts: list = []
         end = 0
         for match in WILDCARD.finditer(rule):
-            slashes, name, kind, config = match.groups()
+            slashes, name, kind, config, old_name, *patterns = match.groups()
             text = rule[end:match.start()]
             end = match.end()
             if len(slashes) % 2:  # escaped: text as it stands
                 parts.append(text + match[0][1:])
                 continue
             parts.append(text + slashes)
+            if match[0][len(slashes)] == ":":
+                import warnings
+                warnings.warn(f"rule {rule!r}: write <name> or <name:re:pattern> for {match[0]!r}",
+                              DeprecationWarning)
+                name, config = old_name, patterns[0] or patterns[1]
+                kind = config and "re"
             kind = kind or "default"
             if kind not in self.filters:
                 raise RouteSyntaxError(f"unknown filter {kind!r} in rule {rule!r}")
@@ -1944,20 +1953,44 @@ class Router:
             methods.add("HEAD")
         return sorted(methods)
 
-    def build(self, name: str, **args: object) -> str:
-        """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError."""
+    def match(self, environ: Dict[str, Any]) -> Tuple[object, dict]:
+        """(target, arguments) for a REQUEST_METHOD and a PATH_INFO that is decoded text.
+
+        Raises HTTPError 400, 404, 405.
+        """
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"] or "/"
+        found = self.find(method, path)
+        if found is None:
+            raise self.refusal(method, path)
+        return found[0], convert_args(*found[1:]) if found[1] else {}
+
+    def refusal(self, method: str, path: str) -> HTTPResponse:
+        """404 or 405; also the 204 to OPTIONS where no target takes it (RFC 9110 9.3.7)."""
+        methods = self.allowed(path)
+        if not methods:
+            return HTTPError(404, f"Not found: {path!r}")
+        if method.upper() == "OPTIONS":
+            return HTTPResponse("", 204, Allow=", ".join(methods))
+        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+
+    def build(self, name: str, /, *anonymous: object, **args: object) -> str:
+        """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError.
+
+        Wildcards without a name take the positional arguments.
+        """
         parts = self.builders.get(name)
         if parts is None:
             raise RouteBuildError(f"no route has the name or rule {name!r}")
         path = ""
+        unnamed = list(anonymous)
         for part in parts:
             if type(part) is str:
                 path += quote(part)
                 continue
             key, kind, _, _, to_text = part
-            if key not in args:
+            if not (key in args if key else unnamed):
                 raise RouteBuildError(f"argument {key!r} is missing to build {name!r}")
-            value = args.pop(key)
+            value = args.pop(key) if key else unnamed.pop(0)
             path += quote(to_text(value) if to_text else str(value),
                           safe="" if kind in NO_SLASH else "/")
         return path + ("?" + urlencode(args, doseq=True) if args else "")
@@ -1965,6 +1998,17 @@ class Router:
 
 def converters_of(parts: list) -> List[Tuple[str, Callable]]:
     return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
+
+
+def convert_args(rule: Rule, match: Match) -> dict:
+    """The arguments of a call, by what the filters of the rule make of its wildcards."""
+    args = match.groupdict()
+    try:
+        for name, convert in rule.converters:
+            args[name] = convert(args[name])
+    except ValueError:
+        raise HTTPError(400, "Path has wrong format.") from None
+    return args
 
 
 # === 9. App ===================================================================
@@ -2228,7 +2272,7 @@ class App:
             return func
         return decorator
 
-    def get_url(self, name: str, **args: object) -> str:
+    def get_url(self, name: str, /, **args: object) -> str:
         """The path of a route, by its name or rule; what is no wildcard goes into the query."""
         return request.script_name.rstrip("/") + self.router.build(name, **args)
 
@@ -2297,17 +2341,11 @@ class App:
         return found
 
     def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
-        """400, 404 or 405; also the 204 to OPTIONS where no route takes it (RFC 9110 9.3.7)."""
         try:
             path = wsgi_to_text(environ.get("PATH_INFO", "")) or "/"
         except UnicodeError:
             return HTTPError(400, "The path is not UTF-8.")
-        methods = self.router.allowed(path)
-        if not methods:
-            return HTTPError(404, f"Not found: {path!r}")
-        if environ["REQUEST_METHOD"].upper() == "OPTIONS":
-            return HTTPResponse("", 204, Allow=", ".join(methods))
-        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+        return self.router.refusal(environ["REQUEST_METHOD"], path)
 
     def _handle(self, environ: Dict[str, Any]) -> Any:
         """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
@@ -2488,17 +2526,6 @@ def listed(value: object) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
-
-
-def convert_args(rule: Rule, match: Match) -> dict:
-    """The arguments of a call, by what the filters of the rule make of its wildcards."""
-    args = match.groupdict()
-    try:
-        for name, convert in rule.converters:
-            args[name] = convert(args[name])
-    except ValueError:
-        raise HTTPError(400, "Path has wrong format.") from None
-    return args
 
 
 def run_hooks(hooks: List[Callable]) -> Optional[Response]:
