@@ -91,7 +91,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import lru_cache, partial, partialmethod, wraps
+from functools import (cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps)
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain
@@ -108,10 +108,11 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "app default_app route get post put delete patch error hook url run "
-    "TestClient Server Settings GzipMiddleware "
-    "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
-    "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
+    "app apps default_app AppStack route get post put delete patch error hook install uninstall "
+    "mount url make_default_app_wrapper yieldroutes load load_app run "
+    "TestClient Server Settings GzipMiddleware ResourceManager JSONPlugin TemplatePlugin "
+    "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
+    "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError html_escape http_date"
 ).split()
 
 
@@ -313,10 +314,10 @@ def json_default(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def json_dumps(value: object) -> str:
+def json_dumps(value: object, **options: Any) -> str:
     """A value -> JSON text. Raises TypeError or ValueError (NaN has no JSON form either)."""
     import json
-    return json.dumps(value, default=json_default, allow_nan=False)
+    return json.dumps(value, default=json_default, allow_nan=False, **options)
 
 
 def json_loads(text: Union[str, bytes]) -> Any:
@@ -1589,8 +1590,8 @@ class ClosingIterator:
         return self.step()
 
 
-def do_nothing() -> None:
-    """The close() of what has none."""
+def do_nothing(*args: object) -> None:
+    """The close() of what has none, and the like."""
 
 
 COMPRESSIBLE = (
@@ -2016,6 +2017,193 @@ def convert_args(rule: Rule, match: Match) -> dict:
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
 # _cast (what was returned to bytes) -> start_response.
 
+class PluginError(BottleException):
+    """A plugin cannot do its work here."""
+
+
+def load(target: str, **names: object) -> Any:
+    """"package.module" -> the module; "package.module:name" -> what it has under that name.
+
+    Any expression may follow the colon, with `names` in it: never pass on what a client sent.
+    """
+    module_name, _, expression = target.partition(":")
+    module = import_module(module_name)
+    return eval(expression, {**vars(module), **names}) if expression else module
+
+
+class ConfigDict(dict):
+    """Settings by dotted names: config["db.host"]. An overlay shows its source's where it has none.
+
+    Values are copied into the overlays, so that reading is what it is for any dict.
+    """
+
+    def __init__(self) -> None:
+        self._source: Optional[ConfigDict] = None  # what this overlays
+        self._overlays: List[ConfigDict] = []
+        self._own: Set[str] = set()                # keys set here, not copied from the source
+        self._meta: Dict[str, dict] = {}           # key -> {"filter": int, …}, for overlays too
+        self._listener: Callable = do_nothing      # given (config, key, value) before a change
+
+    def __setitem__(self, key: str, value: object) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"the name of a setting is str, not {type(key).__name__}: {key!r}")
+        convert = self.meta_get(key, "filter")
+        self._put(key, convert(value) if convert else value)
+        self._own.add(key)
+
+    def __delitem__(self, key: str) -> None:
+        if key not in self._own:
+            raise KeyError(key)  # also what is copied from the source
+        self._put(key, ABSENT if self._source is None else self._source.get(key, ABSENT))
+        self._own.remove(key)
+
+    def _put(self, key: str, value: object) -> None:
+        if self.get(key, ABSENT) is value:
+            return
+        if self._listener is not do_nothing:
+            self._listener(self, key, None if value is ABSENT else value)
+        if value is ABSENT:
+            super().__delitem__(key)
+        else:
+            super().__setitem__(key, value)
+        for overlay in self._overlays:
+            if key not in overlay._own:
+                overlay._put(key, value)
+
+    def setdefault(self, key: str, value: object = None) -> Any:
+        if key not in self:
+            self[key] = value
+        return self[key]
+
+    def update(self, *args: Any, **values: object) -> None:
+        """As dict's; a str in front is a prefix: update("db", host="a") sets "db.host"."""
+        prefix = ""
+        if args and isinstance(args[0], str):
+            prefix, *args = args[0].strip(".") + ".", *args[1:]  # type: ignore[assignment]
+        for key, value in dict(*args, **values).items():
+            self[prefix + key] = value
+
+    def load_dict(self, source: Mapping, namespace: str = "") -> ConfigDict:
+        """{"db": {"host": "a"}} sets "db.host"."""
+        for key, value in source.items():
+            if isinstance(value, dict) and isinstance(key, str):
+                self.load_dict(value, f"{namespace}.{key}".strip("."))
+            else:
+                self[f"{namespace}.{key}".strip(".") if namespace else key] = value
+        return self
+
+    def load_module(self, name: str, squash: bool = True) -> ConfigDict:
+        """The names of a module that are in capitals; `squash`: dicts as load_dict has them."""
+        found = {key: value for key, value in vars(load(name)).items() if key.isupper()}
+        self.load_dict(found) if squash else self.update(found)
+        return self
+
+    def load_config(self, filename: Union[str, List[str]], **options: Any) -> ConfigDict:
+        """INI files: "key" of [section] sets "section.key", in small letters, as text.
+
+        [bottle] and [ROOT] have no prefix; [DEFAULT] counts for every section.
+        """
+        import configparser
+        options.setdefault("allow_no_value", True)
+        options.setdefault("interpolation", configparser.ExtendedInterpolation())
+        parser = configparser.ConfigParser(**options)
+        parser.read(filename, encoding="utf-8")
+        for section in parser.sections():
+            prefix = "" if section in ("bottle", "ROOT") else section + "."
+            for key, value in parser.items(section):
+                self[(prefix + key).lower()] = value
+        return self
+
+    def meta_get(self, key: str, field: str, default: object = None) -> Any:
+        """What is known of a setting: "filter" converts what is set, "help" explains it."""
+        return self._meta.get(key, {}).get(field, default)
+
+    def meta_set(self, key: str, field: str, value: object) -> None:
+        self._meta.setdefault(key, {})[field] = value
+
+    def meta_list(self, key: str) -> Iterable[str]:
+        return self._meta.get(key, {}).keys()
+
+    def _make_overlay(self) -> ConfigDict:
+        overlay = ConfigDict()
+        overlay._source, overlay._meta = self, self._meta
+        dict.update(overlay, self)
+        self._overlays.append(overlay)
+        return overlay
+
+
+ABSENT: Any = object()
+
+
+class ResourceManager:
+    """Finds files by name in a list of directories, `path`."""
+
+    def __init__(self, base: str = "./", opener: Callable = open) -> None:
+        self.base = base
+        self.opener = opener
+        self.path: List[str] = []
+
+    def add_path(self, path: str, base: Optional[str] = None, index: Optional[int] = None,
+                 create: bool = False) -> bool:
+        """Search the directory of `path` too ("./files/", or a file in it), which is relative to
+        that of `base`; is it there?"""
+        root = os.path.abspath(os.path.dirname(base or self.base))
+        path = os.path.abspath(os.path.join(root, os.path.dirname(path))) + os.sep
+        if path in self.path:
+            self.path.remove(path)
+        self.path.insert(len(self.path) if index is None else index, path)
+        if create:
+            os.makedirs(path, exist_ok=True)
+        return os.path.exists(path)
+
+    def __iter__(self) -> Iterator[str]:
+        """Every file in the directories and below."""
+        return (os.path.join(where, name) for path in self.path
+                for where, _, names in os.walk(path) for name in names)
+
+    def lookup(self, name: str) -> Optional[str]:
+        """The path of the first file of this name, or None."""
+        return next(filter(os.path.isfile, (os.path.join(path, name) for path in self.path)), None)
+
+    def open(self, name: str, mode: str = "r", *args: Any, **options: Any) -> Any:
+        path = self.lookup(name)
+        if path is None:
+            raise FileNotFoundError(f"no resource {name!r} in {self.path}")
+        return self.opener(path, mode, *args, **options)
+
+
+class JSONPlugin:
+    """Has dicts and lists written by an encoder of one's own: app.install(JSONPlugin(dumps)).
+
+    An App has one from the start that changes nothing, for what looks for it.
+    """
+
+    name = "json"
+    api = 2
+
+    def __init__(self, json_dumps: Optional[Callable] = json_dumps) -> None:
+        self.json_dumps = json_dumps  # None: no JSON
+
+    def apply(self, callback: Callable, route: Route) -> Callable:
+        if self.json_dumps is not json_dumps:
+            route.config.update("json", dump_func=self.json_dumps, enable=bool(self.json_dumps))
+        return callback
+
+
+class TemplatePlugin:
+    """Renders what a route returns: route(…, template="name" or ("name", {"default": 1}))."""
+
+    name = "template"
+    api = 2
+
+    def apply(self, callback: Callable, route: Route) -> Callable:
+        wanted = route.config.get("template")
+        if not wanted:
+            return callback
+        name, defaults = (wanted, {}) if isinstance(wanted, str) else wanted
+        return getattr(sys.modules[__name__], "view")(name, **defaults)(callback)
+
+
 class Plan:
     """What a server may know of a request once its head is in, before its body and the call."""
 
@@ -2047,28 +2235,79 @@ LATE = Plan()
 
 
 class Route:
-    """A rule, and the function or Handler class behind it."""
+    """A rule, and the function or Handler class behind it with its plugins."""
 
-    def __init__(self, app: "App", rule: str, method: str, callback: Callable,
-                 name: Optional[str] = None, stream: bool = False,
+    def __init__(self, app: App, rule: str, method: str, callback: Callable,
+                 name: Optional[str] = None, plugins: Optional[list] = None,
+                 skiplist: Optional[list] = None, stream: bool = False,
                  max_body: Optional[int] = None, **config: object) -> None:
         self.app = app
         self.rule = rule
         self.method = method
-        self.callback = callback
+        self.callback = callback        # without plugins
         self.name = name
-        self.config = config
-        self.plan = Plan(stream=stream, max_body=max_body)
-        if is_handler(callback):
-            self.call: Callable = partial(run_handler, callback)
-            self.wants_request = False
-        else:
-            self.call = callback
-            wildcards = [part[0] for part in app.router.parse(rule) if type(part) is not str]
-            self.wants_request = first_parameter(callback) == "request" not in wildcards
+        self.plugins = plugins or []    # besides those of the application
+        self.skiplist = skiplist or []  # plugins, their names or classes, or True: all
+        self.config = app.config._make_overlay().load_dict(config)
+        self.plan = None if isinstance(callback, Mount) else Plan(stream=stream, max_body=max_body)
+        self.wants_request = (
+            not is_handler(callback) and parameters_of(callback)[:1] == ["request"]
+            and all(part[0] != "request" for part in app.router.parse(rule)
+                    if type(part) is not str))
 
     def __repr__(self) -> str:
         return f"<{self.method} {self.rule} -> {name_of(self.callback)}>"
+
+    @cached_property
+    def call(self) -> Callable:
+        """The callback with all plugins applied, from the first request on."""
+        return self._make_callback()
+
+    def reset(self) -> None:
+        """Apply the plugins anew before the next request."""
+        self.__dict__.pop("call", None)
+
+    def prepare(self) -> None:
+        """Apply the plugins now."""
+        self.call
+
+    def all_plugins(self) -> Iterator[Any]:
+        """Those that count, innermost first. Of one name it is the one that came last."""
+        seen: Set[str] = set()
+        for plugin in reversed(self.app.plugins + self.plugins):
+            name = getattr(plugin, "name", None)
+            if (True in self.skiplist or plugin in self.skiplist or type(plugin) in self.skiplist
+                    or name and (name in seen or name in self.skiplist)):
+                continue
+            seen.add(name)
+            yield plugin
+
+    def _make_callback(self) -> Callable:
+        callback = partial(run_handler, self.callback) if is_handler(self.callback) \
+            else self.callback
+        for plugin in self.all_plugins():
+            plain = callback
+            callback = plugin.apply(plain, self) if hasattr(plugin, "apply") else plugin(plain)
+            try:
+                callback is plain or update_wrapper(callback, self.callback)
+            except AttributeError:
+                pass  # a bound method
+        return callback
+
+    def get_undecorated_callback(self) -> Callable:
+        """The callback without decorators; of one without functools.wraps it is a guess."""
+        callback = self.callback
+        for _ in range(100):  # not for ever: closures may hold each other
+            inner = (getattr(callback, "__wrapped__", None) or getattr(callback, "__func__", None)
+                     or closed_over(callback))
+            if inner is None:
+                break
+            callback = inner
+        return callback
+
+    def get_callback_args(self) -> List[str]:
+        """The names of what the callback takes."""
+        return parameters_of(self.get_undecorated_callback())
 
 
 def name_of(callback: Callable) -> str:
@@ -2076,8 +2315,22 @@ def name_of(callback: Callable) -> str:
             f"{getattr(callback, '__qualname__', type(callback).__name__)}")
 
 
-def first_parameter(callback: Callable) -> Optional[str]:
-    """The name of the first parameter that a caller fills in: not `self` of a bound method."""
+def closed_over(callback: Callable) -> Optional[Callable]:
+    """What a function without named parameters, as most decorators make it, calls inside."""
+    code = getattr(callback, "__code__", None)
+    if code is None or code.co_argcount or code.co_kwonlyargcount:
+        return None
+    for cell in callback.__closure__ or ():
+        try:
+            if callable(cell.cell_contents):
+                return cell.cell_contents
+        except ValueError:
+            pass  # not assigned yet
+    return None
+
+
+def parameters_of(callback: Callable) -> List[str]:
+    """The names of what a caller fills in: not `self` of a bound method."""
     skip = 0
     while True:
         if isinstance(callback, partial):
@@ -2090,13 +2343,79 @@ def first_parameter(callback: Callable) -> Optional[str]:
             callback = callback.__wrapped__
         elif hasattr(callback, "__code__"):
             code = callback.__code__
-            names = code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount]
-            return names[0] if names else None
+            return list(code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount])
         elif hasattr(type(callback).__call__, "__code__"):  # an object with __call__
             skip += 1
             callback = type(callback).__call__
         else:
-            return None
+            return []
+
+
+def yieldroutes(func: Callable) -> Iterator[str]:
+    """The rules of a function by its signature: a__b(x, y=5) -> "/a/b/<x>", "/a/b/<x>/<y>"."""
+    names = parameters_of(func)
+    names = names[1:] if names[:1] == ["request"] else names
+    path = "/" + func.__name__.replace("__", "/").lstrip("/")
+    while hasattr(func, "__wrapped__"):
+        func = func.__wrapped__
+    required = len(names) - len(func.__defaults__ or ())
+    path += "".join(f"/<{name}>" for name in names[:required])
+    yield path
+    for name in names[required:]:
+        path += f"/<{name}>"
+        yield path
+
+
+class Mount:
+    """Another application, WSGI, as the function behind a route."""
+
+    def __init__(self, parent: App, app: Callable, depth: int) -> None:
+        self.parent = parent
+        self.app = app
+        self.depth = depth  # segments of the prefix
+        self.learned = Plan()
+
+    def shift(self, environ: Dict[str, Any]) -> Dict[str, Any]:
+        """A copy of environ, with the prefix in SCRIPT_NAME."""
+        segments = environ.get("PATH_INFO", "").split("/")
+        prefix = environ.get("SCRIPT_NAME", "").rstrip("/") + "/".join(segments[:self.depth + 1])
+        inner = {**environ, "SCRIPT_NAME": prefix, "minibottle.response": None,
+                 "PATH_INFO": "/" + "/".join(segments[self.depth + 1:]),
+                 "minibottle.above": (self.parent, *environ.get("minibottle.above", ()))}
+        return inner
+
+    def plan(self, environ: Dict[str, Any]) -> Plan:
+        plan = getattr(self.app, "minibottle_plan", None)
+        return plan(self.shift(environ)) if plan else self.learned
+
+    def __call__(self, **wildcards: object) -> HTTPResponse:
+        """What the application answers. Besides the path all that it leaves in environ counts."""
+        environ = request.environ
+        inner = self.shift(environ)
+        answer = HTTPResponse()
+        written: List[bytes] = []
+
+        def start_response(status: str, headers: list, exc_info: Any = None) -> Callable:
+            if exc_info:
+                raise exc_info[1]
+            answer.status = status
+            answer._headers = HeaderDict()
+            for name, value in headers:
+                answer.add_header(name, text_of_query(value))
+            return written.append
+
+        try:
+            body = self.app(inner, start_response)
+            answer.body = body if isinstance(body, list) else begin(body)
+        finally:
+            environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
+        if written:
+            answer.body = chain(written, answer.body)
+        return answer
+
+
+OF_THE_MOUNT = ("SCRIPT_NAME", "PATH_INFO", "minibottle.route", "minibottle.response",
+                "minibottle.above")
 
 
 class Handler:
@@ -2186,42 +2505,133 @@ def handler_error(handler: Handler, error: HTTPError) -> object:
 class App:
     """An application: routes, hooks, error handlers. A WSGI callable, and Bottle's `Bottle`."""
 
-    def __init__(self, catchall: bool = True, **config: object) -> None:
-        self.catchall = catchall  # False: exceptions go on to the server or middleware
-        self.config = config
+    def __init__(self, *, catchall: bool = True, autojson: bool = True,
+                 json_dumps: Optional[Callable] = None, **config: object) -> None:
         self.routes: List[Route] = []
         self.router = Router()
-        self.error_handler: Dict[int, Callable] = {}
+        self.resources = ResourceManager()
+        self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
+        self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
         self._before: List[Callable] = []  # hooks, in the order of their calls
         self._after: List[Callable] = []
-        self._hooks = {"before_request": self._before, "after_request": self._after}
+        self._hooks: Dict[str, List[Callable]] = {
+            "before_request": self._before, "after_request": self._after,
+            "app_reset": [], "config": []}
+        self.config = ConfigDict().load_dict(config)
+        self.config.update(catchall=catchall)
+        self.config.update("json", enable=autojson, dump_func=json_dumps)
+        self.config._listener = partial(self.trigger_hook, "config")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in self.__dict__:
+            raise AttributeError(f"{name} is set already: a conflict of plugins? `del` it first")
+        object.__setattr__(self, name, value)
+
+    @property
+    def catchall(self) -> bool:
+        """False: exceptions go on to the server or middleware."""
+        return self.config["catchall"]
+
+    @catchall.setter
+    def catchall(self, value: bool) -> None:
+        self.config["catchall"] = value
+
+    def __enter__(self) -> App:
+        """In `with app:` it is the default application."""
+        default_app.push(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        default_app.remove(self)
 
     # -- what people say --
 
-    def route(self, path=None, method="GET", callback=None, name=None, **config):
+    def route(self, path=None, method="GET", callback=None, name=None, apply=None, skip=None,
+              **config):
         """Bind a function or Handler class to a rule (or several), also as a decorator.
 
-        `method` is one or a list; a Handler class brings its own. `stream=True`: call it when the
-        head is in, and let it read the body from request.environ["wsgi.input"] as it arrives.
+        Without a rule those of yieldroutes(). `method` is one or a list; a Handler class brings its
+        own. `apply`: plugins for this route; `skip`: plugins, names or classes of them, or True.
+        `stream=True`: call it when the head is in, and let it read the body from
+        request.environ["wsgi.input"] as it arrives. `max_body`: bytes. The rest is for plugins.
         """
         if is_handler(method):  # route("/x", Note)
             method, callback = None, method
-
-        if not listed(path) or callable(path):
-            raise RouteError("route() needs a rule, such as '/hello/<name>'")
+        if callable(path):  # @route
+            path, callback = None, path
 
         def decorator(callback: Any) -> Any:
+            callback = load(callback) if isinstance(callback, str) else callback
             methods = list(callback.verbs) if is_handler(callback) else listed(method)
             if not methods:
                 raise RouteError(f"{name_of(callback)} has no verb such as get")
-            for rule in listed(path):
+            if not listed(path) and not hasattr(callback, "__code__"):
+                raise RouteError("route() needs a rule, such as '/hello/<name>'")
+            for rule in listed(path) or yieldroutes(callback):
                 for verb in methods:
-                    made = Route(self, rule, verb.upper(), callback, name, **config)
-                    self.routes.append(made)
-                    self.router.add(rule, made.method, made, name)
+                    self.add_route(Route(self, rule, verb.upper(), callback, name, listed(apply),
+                                         listed(skip), **config))
             return callback
 
         return decorator(callback) if callback else decorator
+
+    def add_route(self, route: Route) -> None:
+        """Add a Route, which stays that of its application, with its plugins."""
+        self.routes.append(route)
+        self.router.add(route.rule, route.method, route, route.name)
+
+    def merge(self, routes: Union[App, Iterable[Route]]) -> None:
+        """Add the routes of another App."""
+        for route in routes.routes if isinstance(routes, App) else routes:
+            self.add_route(route)
+
+    def mount(self, prefix: str, app: Callable, **options: Any) -> None:
+        """Give all below a prefix to another WSGI application; an App there has its own hooks,
+        plugins and error handlers. "/x" takes "/x" and "/x/…", "/x/" the latter only."""
+        segments = [segment for segment in prefix.split("/") if segment]
+        if not prefix.startswith("/") or not segments:
+            raise ValueError(f"cannot mount at {prefix!r}: a prefix is such as '/blog/'")
+        base = "/" + "/".join(segments)
+        if isinstance(app, App):
+            app.config.update("_mount", prefix=prefix, app=self)
+        options = {"skip": True, "method": "PROXY", **options}
+        self.route([base + "/<:re:.*>"] + [base] * (not prefix.endswith("/")),
+                   callback=Mount(self, app, len(segments)),
+                   mountpoint={"prefix": prefix, "target": app}, **options)
+
+    def install(self, plugin: Any) -> Any:
+        """Wrap a plugin around the routes, inside of those that are there: a decorator, or what
+        has apply(callback, route). Its setup(app) is called now, its close() at the end."""
+        if not callable(plugin) and not hasattr(plugin, "apply"):
+            raise TypeError(f"a plugin is callable or has apply(), not {plugin!r:.60}")
+        getattr(plugin, "setup", do_nothing)(self)
+        self.plugins.append(plugin)
+        self.reset()
+        return plugin
+
+    def uninstall(self, plugin: Any) -> list:
+        """Remove a plugin, those of a class or a name, or all (True); returns them, newest first"""
+        removed = [it for it in reversed(self.plugins)
+                   if plugin is True or it is plugin or type(it) is plugin
+                   or isinstance(plugin, str) and getattr(it, "name", None) == plugin]
+        self.plugins[:] = [it for it in self.plugins if not any(it is gone for gone in removed)]
+        for gone in removed:
+            getattr(gone, "close", do_nothing)()
+        if removed:
+            self.reset()
+        return removed
+
+    def reset(self, route: Union[Route, int, None] = None) -> None:
+        """Apply the plugins anew, to all routes or to one (or its place in `routes`)."""
+        for each in self.routes if route is None else [
+                route if isinstance(route, Route) else self.routes[route]]:
+            each.reset()
+        self.trigger_hook("app_reset")
+
+    def close(self) -> None:
+        """Close the plugins."""
+        for plugin in self.plugins:
+            getattr(plugin, "close", do_nothing)()
 
     def get(self, path=None, method="GET", **options):
         """route(), for GET (and so HEAD)."""
@@ -2244,19 +2654,21 @@ class App:
         return self.route(path, method, **options)
 
     def error(self, code=500, callback=None):
-        """Bind a function to a status: it is given the HTTPError and returns the body."""
-        def decorator(callback: Callable) -> Callable:
-            self.error_handler[int(code)] = callback
+        """Bind a function to a status, or to a class of exceptions that nothing else handles: it is
+        given the HTTPError (and its `exception`), and returns the body."""
+        def decorator(callback: Any) -> Any:
+            callback = load(callback) if isinstance(callback, str) else callback
+            self.error_handler[code if isinstance(code, type) else int(code)] = callback
             return callback
         return decorator(callback) if callback else decorator
 
     def add_hook(self, name: str, func: Callable) -> None:
         """`before_request` (a Response that it returns or raises ends the request), in order;
-        `after_request`, in reverse, after every request, errors too."""
+        `after_request`, in reverse, after every request, errors too; `app_reset`, when plugins
+        change; `config`, given (config, key, value) before a setting changes."""
         if name not in self._hooks:
             raise KeyError(f"no hook {name!r}; there are {', '.join(self._hooks)}")
-        self._hooks[name].append(func) if name == "before_request" else \
-            self._hooks[name].insert(0, func)
+        self._hooks[name].insert(0 if name == "after_request" else len(self._hooks[name]), func)
 
     def remove_hook(self, name: str, func: Callable) -> Optional[bool]:
         """True if it was there."""
@@ -2264,6 +2676,10 @@ class App:
             self._hooks[name].remove(func)
             return True
         return None
+
+    def trigger_hook(self, name: str, /, *args: object, **kwargs: object) -> list:
+        """Call the hooks of a name: what they return."""
+        return [hook(*args, **kwargs) for hook in list(self._hooks[name])]
 
     def hook(self, name: str) -> Callable:
         """add_hook as a decorator."""
@@ -2298,10 +2714,9 @@ class App:
         known = self.router.memo.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
-        if found:
-            return found[3].plan
+        plan = (found[3].plan or found[3].callback.plan(environ)) if found else EARLY
         # a hook or a middleware may yet change the path, and then somebody wants the body
-        return LATE if self._before or "wsgi" in self.__dict__ else EARLY
+        return LATE if plan is EARLY and (self._before or "wsgi" in self.__dict__) else plan
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
         """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
@@ -2416,8 +2831,7 @@ class App:
             return bytes(out)
         if isinstance(out, dict) or isinstance(out, list) and not (
                 out and isinstance(out[0], (str, bytes, Response))):
-            response.content_type = "application/json"
-            return json_dumps(out).encode("utf-8")
+            return self._cast_json(out)
         if not out:  # None, False, 0, ()
             return b""
         if isinstance(out, (list, tuple)):
@@ -2434,9 +2848,35 @@ class App:
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
+    def _cast_json(self, out: Union[dict, list]) -> bytes:
+        """As the settings of the route want it: json.dump_func, or json.indent and json.ascii."""
+        found = request.environ.get("minibottle.route")
+        config = found[3].config if found else self.config
+        if not config.get("json.enable"):
+            raise TypeError(f"a {type(out).__name__} cannot be sent: json.enable is off")
+        dump = config.get("json.dump_func") or partial(
+            json_dumps, indent=config.get("json.indent"), ensure_ascii=config.get("json.ascii", True))
+        text = dump(out)
+        response.content_type = "application/json"
+        return text.encode("utf-8") if isinstance(text, str) else text
+
+    def _error_handler_of(self, error: HTTPError) -> Callable:
+        """Of this application, else of the one that it is mounted in."""
+        keys: list = [error.status_code]
+        if error.status_code == 500:
+            keys = [*type(error.exception).__mro__, 500]
+        for app in self, *request.environ.get("minibottle.above", ()):
+            for key in keys:
+                if key in app.error_handler:
+                    return app.error_handler[key]
+            page = app.default_error_handler
+            if getattr(page, "__func__", None) is not App.default_error_handler:
+                return page
+        return self.default_error_handler
+
     def _cast_error(self, error: HTTPError) -> Any:
         """The page for an HTTPError. A handler that fails costs its page, and no more."""
-        handler = self.error_handler.get(error.status_code, self.default_error_handler)
+        handler = self._error_handler_of(error)
         try:
             out = handler(error)
             if out is error:
@@ -2490,7 +2930,7 @@ class App:
             else:
                 status, headers = answer.status_line, answer.headerlist
                 has_body = answer.status_code not in BODILESS
-            if "minibottle.copy" in environ:
+            if "minibottle.copy" in environ and "minibottle.above" not in environ:
                 out = closing_too(out, environ["minibottle.copy"])
             if type(out) is bytes:
                 # FAST: our server counts by itself, where nothing is between us and it
@@ -2511,6 +2951,24 @@ class App:
             CURRENT.reset(token)
 
 
+class AppStack(list):
+    """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
+
+    @property
+    def default(self) -> App:
+        return self[-1] if self else self.push()
+
+    def __call__(self) -> App:
+        return self.default
+
+    def push(self, app: Optional[App] = None) -> App:
+        self.append(app if isinstance(app, App) else App())
+        return self[-1]
+
+    new_app = push
+
+
+app = apps = default_app = AppStack()
 Bottle = App
 NO_ARGS: dict = {}
 HTML = ("Content-Type", Response.default_content_type)
@@ -5124,6 +5582,9 @@ class Server:
         self.stop()
 
 
+NORUN = False  # True: run() returns at once, as load_app() wants it
+
+
 def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Optional[int] = None,
         **options: object) -> None:
     """Serve a WSGI application (the default one, if none is given) until a signal says stop.
@@ -5132,6 +5593,8 @@ def run(app: Optional[Callable] = None, host: Optional[str] = None, port: Option
     line's flags beat them. In a process that has threads, or outside its main thread, it serves
     without a master. What cannot start is said in a line on stderr, and raises SystemExit.
     """
+    if NORUN:
+        return
     app = app if app is not None else default_app()
     if host is not None or port is not None:
         host, port = host or "127.0.0.1", 8080 if port is None else port
@@ -5172,23 +5635,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
 # === 14. Default app and command line =========================================
 # The module-level shortcuts of Bottle, and `python minibottle.py module:name`.
 
-class AppStack(list):
-    """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
-
-    def __call__(self) -> App:
-        return self[-1] if self else self.push()
-
-    def push(self, app: Optional[App] = None) -> App:
-        self.append(app if isinstance(app, App) else App())
-        return self[-1]
-
-    new_app = push
-
-
-app = apps = default_app = AppStack()
-
-
-def on_default_app(name: str) -> Callable:
+def make_default_app_wrapper(name: str) -> Callable:
     """A function that calls the method of the default application, whichever that is then."""
     @wraps(getattr(App, name))
     def shortcut(*args: object, **options: object) -> Any:
@@ -5196,15 +5643,32 @@ def on_default_app(name: str) -> Callable:
     return shortcut
 
 
-route = on_default_app("route")
-get = on_default_app("get")
-post = on_default_app("post")
-put = on_default_app("put")
-delete = on_default_app("delete")
-patch = on_default_app("patch")
-error = on_default_app("error")
-hook = on_default_app("hook")
-url = on_default_app("get_url")
+route = make_default_app_wrapper("route")
+get = make_default_app_wrapper("get")
+post = make_default_app_wrapper("post")
+put = make_default_app_wrapper("put")
+delete = make_default_app_wrapper("delete")
+patch = make_default_app_wrapper("patch")
+error = make_default_app_wrapper("error")
+hook = make_default_app_wrapper("hook")
+install = make_default_app_wrapper("install")
+uninstall = make_default_app_wrapper("uninstall")
+mount = make_default_app_wrapper("mount")
+url = make_default_app_wrapper("get_url")
+
+
+def load_app(target: str) -> Callable:
+    """"module:name" -> that application; "module" -> the default one that it fills. As it is
+    imported, its run() does nothing."""
+    global NORUN
+    before, NORUN = NORUN, True
+    made = default_app.push()
+    try:
+        found = load(target)
+        return found if callable(found) else made
+    finally:
+        default_app.remove(made)
+        NORUN = before
 
 
 def load_target(target: str) -> Optional[Callable]:
