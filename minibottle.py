@@ -91,7 +91,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import (cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps)
+from functools import lru_cache, partial, partialmethod, update_wrapper, wraps
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain
@@ -315,9 +315,14 @@ def json_default(value: object) -> object:
 
 
 def json_dumps(value: object, **options: Any) -> str:
-    """A value -> JSON text. Raises TypeError or ValueError (NaN has no JSON form either)."""
+    """A value -> JSON text, by json.dumps' options. TypeError or ValueError, also for NaN."""
+    return json_encoder(**options)(value)
+
+
+@lru_cache(maxsize=8)
+def json_encoder(**options: Any) -> Callable[[object], str]:
     import json
-    return json.dumps(value, default=json_default, allow_nan=False, **options)
+    return json.JSONEncoder(**{"default": json_default, "allow_nan": False, **options}).encode
 
 
 def json_loads(text: Union[str, bytes]) -> Any:
@@ -1944,10 +1949,12 @@ class Router:
             self.orders[method] = tables
         return tables
 
-    def allowed(self, path: str) -> List[str]:
-        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1)."""
-        methods = {name for name, table in self.tables.items()
-                   if path in table.static or table.find_rule(path)}
+    def allowed(self, path: str, but: str) -> List[str]:
+        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1), where method
+        `but` has none."""
+        asked = self.order_of(but)
+        methods = {name for name, table in self.tables.items() if table not in asked
+                   and (path in table.static or table.find_rule(path))}
         if methods:
             methods.add("OPTIONS")
         if "GET" in methods:
@@ -1967,7 +1974,7 @@ class Router:
 
     def refusal(self, method: str, path: str) -> HTTPResponse:
         """404 or 405; also the 204 to OPTIONS where no target takes it (RFC 9110 9.3.7)."""
-        methods = self.allowed(path)
+        methods = self.allowed(path, method)
         if not methods:
             return HTTPError(404, f"Not found: {path!r}")
         if method.upper() == "OPTIONS":
@@ -2032,43 +2039,31 @@ def load(target: str, **names: object) -> Any:
 
 
 class ConfigDict(dict):
-    """Settings by dotted names: config["db.host"]. An overlay shows its source's where it has none.
+    """Settings by dotted names: config["db.host"]. An overlay (as each route has one of its
+    application's) shows what its source has, where it has nothing; it lists its own alone."""
 
-    Values are copied into the overlays, so that reading is what it is for any dict.
-    """
-
-    def __init__(self) -> None:
-        self._source: Optional[ConfigDict] = None  # what this overlays
-        self._overlays: List[ConfigDict] = []
-        self._own: Set[str] = set()                # keys set here, not copied from the source
-        self._meta: Dict[str, dict] = {}           # key -> {"filter": int, …}, for overlays too
-        self._listener: Callable = do_nothing      # given (config, key, value) before a change
+    def __init__(self, source: Optional[ConfigDict] = None) -> None:
+        self._source = source
+        self._meta: Dict[str, dict] = {} if source is None else source._meta  # key -> {field: …}
+        self._listener: Callable = do_nothing  # given (config, key, value) before a change
 
     def __setitem__(self, key: str, value: object) -> None:
         if not isinstance(key, str):
             raise TypeError(f"the name of a setting is str, not {type(key).__name__}: {key!r}")
-        convert = self.meta_get(key, "filter")
-        self._put(key, convert(value) if convert else value)
-        self._own.add(key)
+        value = self.meta_get(key, "filter", lambda value: value)(value)
+        self._listener(self, key, value)
+        super().__setitem__(key, value)
 
-    def __delitem__(self, key: str) -> None:
-        if key not in self._own:
-            raise KeyError(key)  # also what is copied from the source
-        self._put(key, ABSENT if self._source is None else self._source.get(key, ABSENT))
-        self._own.remove(key)
+    def __missing__(self, key: str) -> Any:
+        if self._source is None:
+            raise KeyError(key)
+        return self._source[key]
 
-    def _put(self, key: str, value: object) -> None:
-        if self.get(key, ABSENT) is value:
-            return
-        if self._listener is not do_nothing:
-            self._listener(self, key, None if value is ABSENT else value)
-        if value is ABSENT:
-            super().__delitem__(key)
-        else:
-            super().__setitem__(key, value)
-        for overlay in self._overlays:
-            if key not in overlay._own:
-                overlay._put(key, value)
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._source is not None and key in self._source
+
+    def get(self, key: str, default: object = None) -> Any:
+        return self[key] if key in self else default
 
     def setdefault(self, key: str, value: object = None) -> Any:
         if key not in self:
@@ -2077,19 +2072,18 @@ class ConfigDict(dict):
 
     def update(self, *args: Any, **values: object) -> None:
         """As dict's; a str in front is a prefix: update("db", host="a") sets "db.host"."""
-        prefix = ""
-        if args and isinstance(args[0], str):
-            prefix, *args = args[0].strip(".") + ".", *args[1:]  # type: ignore[assignment]
-        for key, value in dict(*args, **values).items():
+        prefix = args[0].strip(".") + "." if args and isinstance(args[0], str) else ""
+        for key, value in dict(*args[bool(prefix):], **values).items():
             self[prefix + key] = value
 
     def load_dict(self, source: Mapping, namespace: str = "") -> ConfigDict:
         """{"db": {"host": "a"}} sets "db.host"."""
         for key, value in source.items():
-            if isinstance(value, dict) and isinstance(key, str):
-                self.load_dict(value, f"{namespace}.{key}".strip("."))
+            name = f"{namespace}.{key}" if namespace else key
+            if isinstance(value, dict):
+                self.load_dict(value, name)
             else:
-                self[f"{namespace}.{key}".strip(".") if namespace else key] = value
+                self[name] = value
         return self
 
     def load_module(self, name: str, squash: bool = True) -> ConfigDict:
@@ -2103,36 +2097,24 @@ class ConfigDict(dict):
 
         [bottle] and [ROOT] have no prefix; [DEFAULT] counts for every section.
         """
-        import configparser
-        options.setdefault("allow_no_value", True)
-        options.setdefault("interpolation", configparser.ExtendedInterpolation())
-        parser = configparser.ConfigParser(**options)
+        from configparser import ConfigParser, ExtendedInterpolation
+        parser = ConfigParser(**{"allow_no_value": True, "interpolation": ExtendedInterpolation(),
+                                 **options})
         parser.read(filename, encoding="utf-8")
         for section in parser.sections():
             prefix = "" if section in ("bottle", "ROOT") else section + "."
-            for key, value in parser.items(section):
-                self[(prefix + key).lower()] = value
+            self.update({(prefix + key).lower(): value for key, value in parser.items(section)})
         return self
 
     def meta_get(self, key: str, field: str, default: object = None) -> Any:
-        """What is known of a setting: "filter" converts what is set, "help" explains it."""
+        """What is known of a setting: its "filter" converts what is set."""
         return self._meta.get(key, {}).get(field, default)
 
     def meta_set(self, key: str, field: str, value: object) -> None:
         self._meta.setdefault(key, {})[field] = value
 
-    def meta_list(self, key: str) -> Iterable[str]:
-        return self._meta.get(key, {}).keys()
-
-    def _make_overlay(self) -> ConfigDict:
-        overlay = ConfigDict()
-        overlay._source, overlay._meta = self, self._meta
-        dict.update(overlay, self)
-        self._overlays.append(overlay)
-        return overlay
-
-
-ABSENT: Any = object()
+    def _make_overlay(self) -> ConfigDict:  # Bottle's name for it
+        return ConfigDict(self)
 
 
 class ResourceManager:
@@ -2149,21 +2131,16 @@ class ResourceManager:
         that of `base`; is it there?"""
         root = os.path.abspath(os.path.dirname(base or self.base))
         path = os.path.abspath(os.path.join(root, os.path.dirname(path))) + os.sep
-        if path in self.path:
-            self.path.remove(path)
+        self.path = [known for known in self.path if known != path]
         self.path.insert(len(self.path) if index is None else index, path)
         if create:
             os.makedirs(path, exist_ok=True)
         return os.path.exists(path)
 
-    def __iter__(self) -> Iterator[str]:
-        """Every file in the directories and below."""
-        return (os.path.join(where, name) for path in self.path
-                for where, _, names in os.walk(path) for name in names)
-
     def lookup(self, name: str) -> Optional[str]:
         """The path of the first file of this name, or None."""
-        return next(filter(os.path.isfile, (os.path.join(path, name) for path in self.path)), None)
+        paths = (os.path.join(path, name) for path in self.path)
+        return next(filter(os.path.isfile, paths), None)
 
     def open(self, name: str, mode: str = "r", *args: Any, **options: Any) -> Any:
         path = self.lookup(name)
@@ -2254,22 +2231,22 @@ class Route:
             not is_handler(callback) and parameters_of(callback)[:1] == ["request"]
             and all(part[0] != "request" for part in app.router.parse(rule)
                     if type(part) is not str))
+        self.reset()
 
     def __repr__(self) -> str:
         return f"<{self.method} {self.rule} -> {name_of(self.callback)}>"
 
-    @cached_property
-    def call(self) -> Callable:
-        """The callback with all plugins applied, from the first request on."""
-        return self._make_callback()
+    def _first_call(self, **args: object) -> object:
+        self.prepare()
+        return self.call(**args)
 
     def reset(self) -> None:
-        """Apply the plugins anew before the next request."""
-        self.__dict__.pop("call", None)
+        """Apply the plugins anew at the next request."""
+        self.call: Callable = self._first_call
 
     def prepare(self) -> None:
-        """Apply the plugins now."""
-        self.call
+        """Apply the plugins now: `call` is the callback in all of them."""
+        self.call = self._make_callback()
 
     def all_plugins(self) -> Iterator[Any]:
         """Those that count, innermost first. Of one name it is the one that came last."""
@@ -2320,13 +2297,8 @@ def closed_over(callback: Callable) -> Optional[Callable]:
     code = getattr(callback, "__code__", None)
     if code is None or code.co_argcount or code.co_kwonlyargcount:
         return None
-    for cell in callback.__closure__ or ():
-        try:
-            if callable(cell.cell_contents):
-                return cell.cell_contents
-        except ValueError:
-            pass  # not assigned yet
-    return None
+    held = (cell.cell_contents for cell in callback.__closure__ or ())
+    return next(filter(callable, held), None)
 
 
 def parameters_of(callback: Callable) -> List[str]:
@@ -2379,10 +2351,9 @@ class Mount:
         """A copy of environ, with the prefix in SCRIPT_NAME."""
         segments = environ.get("PATH_INFO", "").split("/")
         prefix = environ.get("SCRIPT_NAME", "").rstrip("/") + "/".join(segments[:self.depth + 1])
-        inner = {**environ, "SCRIPT_NAME": prefix, "minibottle.response": None,
-                 "PATH_INFO": "/" + "/".join(segments[self.depth + 1:]),
-                 "minibottle.above": (self.parent, *environ.get("minibottle.above", ()))}
-        return inner
+        return {**environ, "SCRIPT_NAME": prefix, "minibottle.response": None,
+                "PATH_INFO": "/" + "/".join(segments[self.depth + 1:]),
+                "minibottle.above": (self.parent, *environ.get("minibottle.above", ()))}
 
     def plan(self, environ: Dict[str, Any]) -> Plan:
         plan = getattr(self.app, "minibottle_plan", None)
@@ -2502,6 +2473,13 @@ def handler_error(handler: Handler, error: HTTPError) -> object:
     return handler_body(handler, handler.on_error(error))
 
 
+def shortcut_of(verb: str) -> Callable:
+    def shortcut(self, path=None, method=verb, **options):
+        return self.route(path, method, **options)
+    shortcut.__name__, shortcut.__doc__ = verb.lower(), f"route(), for {verb}."
+    return shortcut
+
+
 class App:
     """An application: routes, hooks, error handlers. A WSGI callable, and Bottle's `Bottle`."""
 
@@ -2523,18 +2501,14 @@ class App:
         self.config._listener = partial(self.trigger_hook, "config")
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in self.__dict__:
+        # not by self.__dict__: having asked for that makes every attribute slower (CPython 3.11)
+        if hasattr(self, name) and not hasattr(type(self), name):
             raise AttributeError(f"{name} is set already: a conflict of plugins? `del` it first")
         object.__setattr__(self, name, value)
 
-    @property
-    def catchall(self) -> bool:
-        """False: exceptions go on to the server or middleware."""
-        return self.config["catchall"]
-
-    @catchall.setter
-    def catchall(self, value: bool) -> None:
-        self.config["catchall"] = value
+    # False: exceptions go on to the server or middleware
+    catchall = property(lambda self: self.config["catchall"],
+                        lambda self, value: self.config.update(catchall=value))
 
     def __enter__(self) -> App:
         """In `with app:` it is the default application."""
@@ -2610,12 +2584,11 @@ class App:
         return plugin
 
     def uninstall(self, plugin: Any) -> list:
-        """Remove a plugin, those of a class or a name, or all (True); returns them, newest first"""
-        removed = [it for it in reversed(self.plugins)
-                   if plugin is True or it is plugin or type(it) is plugin
-                   or isinstance(plugin, str) and getattr(it, "name", None) == plugin]
-        self.plugins[:] = [it for it in self.plugins if not any(it is gone for gone in removed)]
+        """Remove a plugin, those of a class or name, or all (True); returns them, newest first."""
+        removed = [it for it in reversed(self.plugins) if plugin is True
+                   or plugin in (it, type(it), getattr(it, "name", it))]
         for gone in removed:
+            self.plugins.remove(gone)
             getattr(gone, "close", do_nothing)()
         if removed:
             self.reset()
@@ -2633,25 +2606,7 @@ class App:
         for plugin in self.plugins:
             getattr(plugin, "close", do_nothing)()
 
-    def get(self, path=None, method="GET", **options):
-        """route(), for GET (and so HEAD)."""
-        return self.route(path, method, **options)
-
-    def post(self, path=None, method="POST", **options):
-        """route(), for POST."""
-        return self.route(path, method, **options)
-
-    def put(self, path=None, method="PUT", **options):
-        """route(), for PUT."""
-        return self.route(path, method, **options)
-
-    def delete(self, path=None, method="DELETE", **options):
-        """route(), for DELETE."""
-        return self.route(path, method, **options)
-
-    def patch(self, path=None, method="PATCH", **options):
-        """route(), for PATCH."""
-        return self.route(path, method, **options)
+    get, post, put, delete, patch = map(shortcut_of, ("GET", "POST", "PUT", "DELETE", "PATCH"))
 
     def error(self, code=500, callback=None):
         """Bind a function to a status, or to a class of exceptions that nothing else handles: it is
@@ -2714,9 +2669,14 @@ class App:
         known = self.router.memo.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
-        plan = (found[3].plan or found[3].callback.plan(environ)) if found else EARLY
+        if found:
+            plan = found[3].plan
+            if plan is not None:
+                return plan
+        plan = found[3].callback.plan(environ) if found else EARLY
         # a hook or a middleware may yet change the path, and then somebody wants the body
-        return LATE if plan is EARLY and (self._before or "wsgi" in self.__dict__) else plan
+        wrapped = getattr(self.wsgi, "__self__", None) is not self
+        return LATE if plan is EARLY and (self._before or wrapped) else plan
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
         """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
@@ -2749,7 +2709,10 @@ class App:
                 raise environ["minibottle.refused"]
             found = self._look_up(environ)
             if found is None:
-                raise self._not_found(environ)
+                answer = self._not_found(environ)
+                if environ.get("minibottle.response") is None:
+                    environ["minibottle.response"] = answer  # nobody else has it
+                raise answer
             environ["minibottle.route"] = found
         if type(found[4]) is tuple:
             found = environ["minibottle.route"] = found[:4] + (convert_args(*found[4]),)
@@ -2817,7 +2780,7 @@ class App:
             return res.body
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
-        return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")))
+        return ERROR_PAGE.format(title=title, text=html_escape(str(body or ""))).encode("utf-8")
 
     # -- what was returned, to bytes --
 
@@ -2854,9 +2817,9 @@ class App:
         config = found[3].config if found else self.config
         if not config.get("json.enable"):
             raise TypeError(f"a {type(out).__name__} cannot be sent: json.enable is off")
-        dump = config.get("json.dump_func") or partial(
-            json_dumps, indent=config.get("json.indent"), ensure_ascii=config.get("json.ascii", True))
-        text = dump(out)
+        dump = config.get("json.dump_func")
+        text = dump(out) if dump else json_dumps(
+            out, indent=config.get("json.indent"), ensure_ascii=config.get("json.ascii", True))
         response.content_type = "application/json"
         return text.encode("utf-8") if isinstance(text, str) else text
 
@@ -5643,18 +5606,9 @@ def make_default_app_wrapper(name: str) -> Callable:
     return shortcut
 
 
-route = make_default_app_wrapper("route")
-get = make_default_app_wrapper("get")
-post = make_default_app_wrapper("post")
-put = make_default_app_wrapper("put")
-delete = make_default_app_wrapper("delete")
-patch = make_default_app_wrapper("patch")
-error = make_default_app_wrapper("error")
-hook = make_default_app_wrapper("hook")
-install = make_default_app_wrapper("install")
-uninstall = make_default_app_wrapper("uninstall")
-mount = make_default_app_wrapper("mount")
-url = make_default_app_wrapper("get_url")
+route, get, post, put, delete, patch, error, hook, install, uninstall, mount, url = map(
+    make_default_app_wrapper, ("route", "get", "post", "put", "delete", "patch", "error", "hook",
+                               "install", "uninstall", "mount", "get_url"))
 
 
 def load_app(target: str) -> Callable:
