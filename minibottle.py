@@ -112,7 +112,8 @@ __all__ = (
     "mount url make_default_app_wrapper yieldroutes load load_app run "
     "TestClient Server Settings GzipMiddleware ResourceManager JSONPlugin TemplatePlugin "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
-    "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError html_escape http_date"
+    "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError "
+    "debug html_escape http_date"
 ).split()
 
 
@@ -256,6 +257,16 @@ def parse_setting(name: str, value: Any) -> object:
 
 SETTING_DEFAULTS = {name: default for name, default, _ in SETTINGS}
 DEFAULTS = Settings()
+DEBUG = False  # read at each use
+
+
+def debug(mode: bool = True) -> None:
+    """For development: templates are read again each time, and warnings are shown."""
+    global DEBUG
+    DEBUG = bool(mode)
+    if DEBUG:
+        import warnings
+        warnings.simplefilter("default")
 
 
 # === 2. Text and dates ========================================================
@@ -1919,7 +1930,7 @@ class Router:
                     segments += others
                 continue
             name, kind, regex = part[:3]
-            if name in names:
+            if name and name in names:
                 raise RouteSyntaxError(f"wildcard {name!r} twice in rule {rule!r}")
             names.add(name)
             pattern += f"(?P<{name}>{regex})" if name else f"(?:{regex})"
@@ -2074,7 +2085,7 @@ class ConfigDict(dict):
         """As dict's; a str in front is a prefix: update("db", host="a") sets "db.host"."""
         prefix = args[0].strip(".") + "." if args and isinstance(args[0], str) else ""
         for key, value in dict(*args[bool(prefix):], **values).items():
-            self[prefix + key] = value
+            self[prefix + key if prefix else key] = value
 
     def load_dict(self, source: Mapping, namespace: str = "") -> ConfigDict:
         """{"db": {"host": "a"}} sets "db.host"."""
@@ -2103,7 +2114,8 @@ class ConfigDict(dict):
         parser.read(filename, encoding="utf-8")
         for section in parser.sections():
             prefix = "" if section in ("bottle", "ROOT") else section + "."
-            self.update({(prefix + key).lower(): value for key, value in parser.items(section)})
+            for key in parser.options(section):
+                self[(prefix + key).lower()] = parser.get(section, key)
         return self
 
     def meta_get(self, key: str, field: str, default: object = None) -> Any:
@@ -2377,11 +2389,14 @@ class Mount:
 
         try:
             body = self.app(inner, start_response)
-            answer.body = body if isinstance(body, list) else begin(body)
+            is_whole = isinstance(body, list) and body and not written
+            answer.body = (b"".join(body) if is_whole else
+                           body if type(body) is FileWrapper else begin(body))
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
         if written:
-            answer.body = chain(written, answer.body)
+            close = getattr(answer.body, "close", do_nothing)
+            answer.body = ClosingIterator(chain(written, answer.body).__next__, close)
         return answer
 
 
@@ -2780,7 +2795,13 @@ class App:
             return res.body
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
-        return ERROR_PAGE.format(title=title, text=html_escape(str(body or ""))).encode("utf-8")
+        error, cause = res.exception, ""
+        if DEBUG and error is not None:
+            from traceback import format_exception
+            cause = "".join(format_exception(type(error), error, error.__traceback__))
+            cause = f"<pre>{html_escape(cause)}</pre>\n"
+        return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")),
+                                 cause=cause).encode("utf-8")
 
     # -- what was returned, to bytes --
 
@@ -2804,6 +2825,8 @@ class App:
         if isinstance(out, io.TextIOBase):
             pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
             return self._cast_iterator(pieces)
+        if type(out) is FileWrapper:  # of a mounted application
+            return out
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
@@ -2828,7 +2851,7 @@ class App:
         keys: list = [error.status_code]
         if error.status_code == 500:
             keys = [*type(error.exception).__mro__, 500]
-        for app in self, *request.environ.get("minibottle.above", ()):
+        for app in (self, *request.environ.get("minibottle.above", ())):
             for key in keys:
                 if key in app.error_handler:
                     return app.error_handler[key]
@@ -2938,7 +2961,8 @@ HTML = ("Content-Type", Response.default_content_type)
 BODILESS = (100, 101, 204, 304)
 ERROR_PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title></head>
-<body><h1>{title}</h1><p>{text}</p></body></html>
+<body><h1>{title}</h1><p>{text}</p>
+{cause}</body></html>
 """
 
 
