@@ -92,7 +92,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import lru_cache, partial, partialmethod, reduce, wraps
+from functools import lru_cache, partial, partialmethod, update_wrapper, wraps
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain, repeat
@@ -109,12 +109,13 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "static_file app default_app route get post put delete patch error hook url run load load_app "
-    "TestClient Server ServerAdapter Settings GzipMiddleware install_as_bottle "
+    "static_file app apps default_app AppStack route get post put delete patch error hook install "
+    "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
+    "TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager JSONPlugin "
     "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
-    "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
-    "RouteBuildError BottleException BadRequest UsageError StartError html_escape html_quote "
-    "http_date parse_date parse_range_header path_shift"
+    "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
+    "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError "
+    "TemplatePlugin html_escape html_quote http_date parse_date parse_range_header path_shift"
 ).split()
 
 
@@ -355,10 +356,15 @@ def json_default(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def json_dumps(value: object) -> str:
-    """A value -> JSON text. Raises TypeError or ValueError (NaN has no JSON form either)."""
+def json_dumps(value: object, **options: Any) -> str:
+    """A value -> JSON text, by json.dumps' options. TypeError or ValueError, also for NaN."""
+    return json_encoder(**options)(value)
+
+
+@lru_cache(maxsize=8)
+def json_encoder(**options: Any) -> Callable[[object], str]:
     import json
-    return json.dumps(value, default=json_default, allow_nan=False)
+    return json.JSONEncoder(**{"default": json_default, "allow_nan": False, **options}).encode
 
 
 def json_loads(text: Union[str, bytes]) -> Any:
@@ -1635,8 +1641,8 @@ class ClosingIterator:
         return self.step()
 
 
-def do_nothing() -> None:
-    """The close() of what has none."""
+def do_nothing(*args: object) -> None:
+    """The close() of what has none, and the like."""
 
 
 COMPRESSIBLE = (
@@ -1930,7 +1936,9 @@ class RouteBuildError(RouteError):
 
 
 # <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
-WILDCARD = re.compile(r"(\\*)<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>", re.ASCII)
+# Bottle's first syntax, :name and :name#pattern#, is read too, but not inside a word: /users:batch.
+WILDCARD = re.compile(r"(\\*)(?:<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>"
+                      r"|(?<!\w):(?:([A-Za-z_]\w*)(?:#(.*?)#)?|#(.*?)#))", re.ASCII)
 GROUP = r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))"
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
@@ -2060,7 +2068,8 @@ class Router:
             known.converters = converters_of(parts)
             return
         self.count += 1
-        made = table.rules[flat] = Rule(self.count, pattern, converters_of(parts), target)
+        order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
+        made = table.rules[flat] = Rule(order, pattern, converters_of(parts), target)
         table.place(segments, spans).append(made)
 
     def parse(self, rule: str) -> list:
@@ -2068,13 +2077,19 @@ class Router:
         parts: list = []
         end = 0
         for match in WILDCARD.finditer(rule):
-            slashes, name, kind, config = match.groups()
+            slashes, name, kind, config, old_name, *patterns = match.groups()
             text = rule[end:match.start()]
             end = match.end()
             if len(slashes) % 2:  # escaped: text as it stands
                 parts.append(text + match[0][1:])
                 continue
             parts.append(text + slashes)
+            if match[0][len(slashes)] == ":":
+                import warnings
+                warnings.warn(f"rule {rule!r}: write <name> or <name:re:pattern> for {match[0]!r}",
+                              DeprecationWarning, stacklevel=2)
+                name, config = old_name, patterns[0] or patterns[1]
+                kind = config and "re"
             kind = kind or "default"
             if kind not in self.filters:
                 raise RouteSyntaxError(f"unknown filter {kind!r} in rule {rule!r}")
@@ -2103,7 +2118,7 @@ class Router:
                     segments += others
                 continue
             name, kind, regex = part[:3]
-            if name in names:
+            if name and name in names:
                 raise RouteSyntaxError(f"wildcard {name!r} twice in rule {rule!r}")
             names.add(name)
             pattern += f"(?P<{name}>{regex})" if name else f"(?:{regex})"
@@ -2133,30 +2148,56 @@ class Router:
             self.orders[method] = tables
         return tables
 
-    def allowed(self, path: str) -> List[str]:
-        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1)."""
-        methods = {name for name, table in self.tables.items()
-                   if path in table.static or table.find_rule(path)}
+    def allowed(self, path: str, but: str) -> List[str]:
+        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1), where method
+        `but` has none."""
+        asked = self.order_of(but)
+        methods = {name for name, table in self.tables.items() if table not in asked
+                   and (path in table.static or table.find_rule(path))}
         if methods:
             methods.add("OPTIONS")
         if "GET" in methods:
             methods.add("HEAD")
         return sorted(methods)
 
-    def build(self, name: str, **args: object) -> str:
-        """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError."""
+    def match(self, environ: Dict[str, Any]) -> Tuple[object, dict]:
+        """(target, arguments) for a REQUEST_METHOD and a PATH_INFO that is decoded text.
+
+        Raises HTTPError 400, 404, 405.
+        """
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"] or "/"
+        found = self.find(method, path)
+        if found is None:
+            raise self.refusal(method, path)
+        return found[0], convert_args(*found[1:]) if found[1] else {}
+
+    def refusal(self, method: str, path: str) -> HTTPResponse:
+        """404 or 405; also the 204 to OPTIONS where no target takes it (RFC 9110 9.3.7)."""
+        methods = self.allowed(path, method)
+        if not methods:
+            return HTTPError(404, f"Not found: {path!r}")
+        if method.upper() == "OPTIONS":
+            return HTTPResponse("", 204, Allow=", ".join(methods))
+        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+
+    def build(self, name: str, /, *anonymous: object, **args: object) -> str:
+        """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError.
+
+        Wildcards without a name take the positional arguments.
+        """
         parts = self.builders.get(name)
         if parts is None:
             raise RouteBuildError(f"no route has the name or rule {name!r}")
         path = ""
+        unnamed = list(anonymous)
         for part in parts:
             if type(part) is str:
                 path += quote(part)
                 continue
             key, kind, _, _, to_text = part
-            if key not in args:
+            if not (key in args if key else unnamed):
                 raise RouteBuildError(f"argument {key!r} is missing to build {name!r}")
-            value = args.pop(key)
+            value = args.pop(key) if key else unnamed.pop(0)
             path += quote(to_text(value) if to_text else str(value),
                           safe="" if kind in NO_SLASH else "/")
         return path + ("?" + urlencode(args, doseq=True) if args else "")
@@ -2164,6 +2205,17 @@ class Router:
 
 def converters_of(parts: list) -> List[Tuple[str, Callable]]:
     return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
+
+
+def convert_args(rule: Rule, match: Match) -> dict:
+    """The arguments of a call, by what the filters of the rule make of its wildcards."""
+    args = match.groupdict()
+    try:
+        for name, convert in rule.converters:
+            args[name] = convert(args[name])
+    except ValueError:
+        raise HTTPError(400, "Path has wrong format.") from None
+    return args
 
 
 # === 9. Templates =============================================================
@@ -2448,6 +2500,164 @@ jinja2_view = partial(view, template_adapter=Jinja2Template)
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
 # _cast (what was returned to bytes) -> start_response.
 
+class PluginError(BottleException):
+    """A plugin cannot do its work here."""
+
+
+def load(target: str, **names: object) -> Any:
+    """"package.module" -> the module; "package.module:name" -> what it has under that name.
+
+    Any expression may follow the colon, with `names` in it: never pass on what a client sent.
+    """
+    module_name, _, expression = target.partition(":")
+    module = import_module(module_name)
+    return eval(expression, {**vars(module), **names}) if expression else module
+
+
+class ConfigDict(dict):
+    """Settings by dotted names: config["db.host"]. An overlay (as each route has one of its
+    application's) shows what its source has, where it has nothing; it lists its own alone."""
+
+    def __init__(self, source: Optional[ConfigDict] = None) -> None:
+        self._source = source
+        self._meta: Dict[str, dict] = {} if source is None else source._meta  # key -> {field: …}
+        self._listener: Callable = do_nothing  # given (config, key, value) before a change
+
+    def __setitem__(self, key: str, value: object) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"the name of a setting is str, not {type(key).__name__}: {key!r}")
+        value = self.meta_get(key, "filter", lambda value: value)(value)
+        self._listener(self, key, value)
+        super().__setitem__(key, value)
+
+    def __missing__(self, key: str) -> Any:
+        if self._source is None:
+            raise KeyError(key)
+        return self._source[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._source is not None and key in self._source
+
+    def get(self, key: str, default: object = None) -> Any:
+        return self[key] if key in self else default
+
+    def setdefault(self, key: str, value: object = None) -> Any:
+        if key not in self:
+            self[key] = value
+        return self[key]
+
+    def update(self, *args: Any, **values: object) -> None:
+        """As dict's; a str in front is a prefix: update("db", host="a") sets "db.host"."""
+        prefix = args[0].strip(".") + "." if args and isinstance(args[0], str) else ""
+        for key, value in dict(*args[bool(prefix):], **values).items():
+            self[prefix + key if prefix else key] = value
+
+    def load_dict(self, source: Mapping, namespace: str = "") -> ConfigDict:
+        """{"db": {"host": "a"}} sets "db.host"."""
+        for key, value in source.items():
+            name = f"{namespace}.{key}" if namespace else key
+            if isinstance(value, dict):
+                self.load_dict(value, name)
+            else:
+                self[name] = value
+        return self
+
+    def load_module(self, name: str, squash: bool = True) -> ConfigDict:
+        """The names of a module that are in capitals; `squash`: dicts as load_dict has them."""
+        found = {key: value for key, value in vars(load(name)).items() if key.isupper()}
+        self.load_dict(found) if squash else self.update(found)
+        return self
+
+    def load_config(self, filename: Union[str, List[str]], **options: Any) -> ConfigDict:
+        """INI files: "key" of [section] sets "section.key", in small letters, as text.
+
+        [bottle] and [ROOT] have no prefix; [DEFAULT] counts for every section.
+        """
+        from configparser import ConfigParser, ExtendedInterpolation
+        parser = ConfigParser(**{"allow_no_value": True, "interpolation": ExtendedInterpolation(),
+                                 **options})
+        parser.read(filename, encoding="utf-8")
+        for section in parser.sections():
+            prefix = "" if section in ("bottle", "ROOT") else section + "."
+            for key in parser.options(section):
+                self[(prefix + key).lower()] = parser.get(section, key)
+        return self
+
+    def meta_get(self, key: str, field: str, default: object = None) -> Any:
+        """What is known of a setting: its "filter" converts what is set."""
+        return self._meta.get(key, {}).get(field, default)
+
+    def meta_set(self, key: str, field: str, value: object) -> None:
+        self._meta.setdefault(key, {})[field] = value
+
+    def _make_overlay(self) -> ConfigDict:  # Bottle's name for it
+        return ConfigDict(self)
+
+
+class ResourceManager:
+    """Finds files by name in a list of directories, `path`."""
+
+    def __init__(self, base: str = "./", opener: Callable = open) -> None:
+        self.base = base
+        self.opener = opener
+        self.path: List[str] = []
+
+    def add_path(self, path: str, base: Optional[str] = None, index: Optional[int] = None,
+                 create: bool = False) -> bool:
+        """Search the directory of `path` too ("./files/", or a file in it), which is relative to
+        that of `base`; is it there?"""
+        root = os.path.abspath(os.path.dirname(base or self.base))
+        path = os.path.abspath(os.path.join(root, os.path.dirname(path))) + os.sep
+        self.path = [known for known in self.path if known != path]
+        self.path.insert(len(self.path) if index is None else index, path)
+        if create:
+            os.makedirs(path, exist_ok=True)
+        return os.path.exists(path)
+
+    def lookup(self, name: str) -> Optional[str]:
+        """The path of the first file of this name, or None."""
+        paths = (os.path.join(path, name) for path in self.path)
+        return next(filter(os.path.isfile, paths), None)
+
+    def open(self, name: str, mode: str = "r", *args: Any, **options: Any) -> Any:
+        path = self.lookup(name)
+        if path is None:
+            raise FileNotFoundError(f"no resource {name!r} in {self.path}")
+        return self.opener(path, mode, *args, **options)
+
+
+class JSONPlugin:
+    """Has dicts and lists written by an encoder of one's own: app.install(JSONPlugin(dumps)).
+
+    An App has one from the start that changes nothing, for what looks for it.
+    """
+
+    name = "json"
+    api = 2
+
+    def __init__(self, json_dumps: Optional[Callable] = json_dumps) -> None:
+        self.json_dumps = json_dumps  # None: no JSON
+
+    def apply(self, callback: Callable, route: Route) -> Callable:
+        if self.json_dumps is not json_dumps:
+            route.config.update("json", dump_func=self.json_dumps, enable=bool(self.json_dumps))
+        return callback
+
+
+class TemplatePlugin:
+    """Renders what a route returns: route(…, template="name" or ("name", {"default": 1}))."""
+
+    name = "template"
+    api = 2
+
+    def apply(self, callback: Callable, route: Route) -> Callable:
+        wanted = route.config.get("template")
+        if not wanted:
+            return callback
+        name, defaults = (wanted, {}) if isinstance(wanted, str) else wanted
+        return view(name, **defaults)(callback)
+
+
 class Plan:
     """What a server may know of a request once its head is in, before its body and the call."""
 
@@ -2479,28 +2689,79 @@ LATE = Plan()
 
 
 class Route:
-    """A rule, and the function or Handler class behind it."""
+    """A rule, and the function or Handler class behind it with its plugins."""
 
-    def __init__(self, app: "App", rule: str, method: str, callback: Callable,
-                 name: Optional[str] = None, stream: bool = False,
+    def __init__(self, app: App, rule: str, method: str, callback: Callable,
+                 name: Optional[str] = None, plugins: Optional[list] = None,
+                 skiplist: Optional[list] = None, stream: bool = False,
                  max_body: Optional[int] = None, **config: object) -> None:
         self.app = app
         self.rule = rule
         self.method = method
-        self.callback = callback
+        self.callback = callback        # without plugins
         self.name = name
-        self.config = config
-        self.plan = Plan(stream=stream, max_body=max_body)
-        if is_handler(callback):
-            self.call: Callable = partial(run_handler, callback)
-            self.wants_request = False
-        else:
-            self.call = callback
-            wildcards = [part[0] for part in app.router.parse(rule) if type(part) is not str]
-            self.wants_request = first_parameter(callback) == "request" not in wildcards
+        self.plugins = plugins or []    # besides those of the application
+        self.skiplist = skiplist or []  # plugins, their names or classes, or True: all
+        self.config = app.config._make_overlay().load_dict(config)
+        self.plan = None if isinstance(callback, Mount) else Plan(stream=stream, max_body=max_body)
+        self.wants_request = (
+            not is_handler(callback) and parameters_of(callback)[:1] == ["request"]
+            and all(part[0] != "request" for part in app.router.parse(rule)
+                    if type(part) is not str))
+        self.reset()
 
     def __repr__(self) -> str:
         return f"<{self.method} {self.rule} -> {name_of(self.callback)}>"
+
+    def _first_call(self, **args: object) -> object:
+        self.prepare()
+        return self.call(**args)
+
+    def reset(self) -> None:
+        """Apply the plugins anew at the next request."""
+        self.call: Callable = self._first_call
+
+    def prepare(self) -> None:
+        """Apply the plugins now: `call` is the callback in all of them."""
+        self.call = self._make_callback()
+
+    def all_plugins(self) -> Iterator[Any]:
+        """Those that count, innermost first. Of one name it is the one that came last."""
+        seen: Set[Any] = set()
+        for plugin in reversed(self.app.plugins + self.plugins):
+            name = getattr(plugin, "name", None)
+            if (True in self.skiplist or plugin in self.skiplist or type(plugin) in self.skiplist
+                    or name and (name in seen or name in self.skiplist)):
+                continue
+            seen.add(name)
+            yield plugin
+
+    def _make_callback(self) -> Callable:
+        callback = partial(run_handler, self.callback) if is_handler(self.callback) \
+            else self.callback
+        for plugin in self.all_plugins():
+            plain = callback
+            callback = plugin.apply(plain, self) if hasattr(plugin, "apply") else plugin(plain)
+            try:
+                callback is plain or update_wrapper(callback, self.callback)
+            except AttributeError:
+                pass  # a bound method
+        return callback
+
+    def get_undecorated_callback(self) -> Callable:
+        """The callback without decorators; of one without functools.wraps it is a guess."""
+        callback = self.callback
+        for _ in range(100):  # not for ever: closures may hold each other
+            inner = (getattr(callback, "__wrapped__", None) or getattr(callback, "__func__", None)
+                     or closed_over(callback))
+            if inner is None:
+                break
+            callback = inner
+        return callback
+
+    def get_callback_args(self) -> List[str]:
+        """The names of what the callback takes."""
+        return parameters_of(self.get_undecorated_callback())
 
 
 def name_of(callback: Callable) -> str:
@@ -2508,8 +2769,17 @@ def name_of(callback: Callable) -> str:
             f"{getattr(callback, '__qualname__', type(callback).__name__)}")
 
 
-def first_parameter(callback: Callable) -> Optional[str]:
-    """The name of the first parameter that a caller fills in: not `self` of a bound method."""
+def closed_over(callback: Callable) -> Optional[Callable]:
+    """What a function without named parameters, as most decorators make it, calls inside."""
+    code = getattr(callback, "__code__", None)
+    if code is None or code.co_argcount or code.co_kwonlyargcount:
+        return None
+    held = (cell.cell_contents for cell in callback.__closure__ or ())
+    return next(filter(callable, held), None)
+
+
+def parameters_of(callback: Callable) -> List[str]:
+    """The names of what a caller fills in: not `self` of a bound method."""
     skip = 0
     while True:
         if isinstance(callback, partial):
@@ -2522,13 +2792,81 @@ def first_parameter(callback: Callable) -> Optional[str]:
             callback = callback.__wrapped__
         elif hasattr(callback, "__code__"):
             code = callback.__code__
-            names = code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount]
-            return names[0] if names else None
+            return list(code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount])
         elif hasattr(type(callback).__call__, "__code__"):  # an object with __call__
             skip += 1
             callback = type(callback).__call__
         else:
-            return None
+            return []
+
+
+def yieldroutes(func: Callable) -> Iterator[str]:
+    """The rules of a function by its signature: a__b(x, y=5) -> "/a/b/<x>", "/a/b/<x>/<y>"."""
+    names = parameters_of(func)
+    names = names[1:] if names[:1] == ["request"] else names
+    path = "/" + func.__name__.replace("__", "/").lstrip("/")
+    while hasattr(func, "__wrapped__"):
+        func = func.__wrapped__
+    required = len(names) - len(func.__defaults__ or ())
+    path += "".join(f"/<{name}>" for name in names[:required])
+    yield path
+    for name in names[required:]:
+        path += f"/<{name}>"
+        yield path
+
+
+class Mount:
+    """Another application, WSGI, as the function behind a route."""
+
+    def __init__(self, parent: App, app: Callable, depth: int) -> None:
+        self.parent = parent
+        self.app = app
+        self.depth = depth  # segments of the prefix
+        self.learned = Plan()
+
+    def shift(self, environ: Dict[str, Any]) -> Dict[str, Any]:
+        """A copy of environ, with the prefix in SCRIPT_NAME."""
+        segments = environ.get("PATH_INFO", "").split("/")
+        prefix = environ.get("SCRIPT_NAME", "").rstrip("/") + "/".join(segments[:self.depth + 1])
+        return {**environ, "SCRIPT_NAME": prefix, "minibottle.response": None,
+                "PATH_INFO": "/" + "/".join(segments[self.depth + 1:]),
+                "minibottle.above": (self.parent, *environ.get("minibottle.above", ()))}
+
+    def plan(self, environ: Dict[str, Any]) -> Plan:
+        plan = getattr(self.app, "minibottle_plan", None)
+        return plan(self.shift(environ)) if plan else self.learned
+
+    def __call__(self, **wildcards: object) -> HTTPResponse:
+        """What the application answers. Besides the path all that it leaves in environ counts."""
+        environ = request.environ
+        inner = self.shift(environ)
+        answer = HTTPResponse()
+        written: List[bytes] = []
+
+        def start_response(status: str, headers: list, exc_info: Any = None) -> Callable:
+            if exc_info:
+                raise exc_info[1]
+            answer.status = status
+            answer._headers = HeaderDict()
+            for name, value in headers:
+                answer.add_header(name, text_of_query(value))
+            return written.append
+
+        try:
+            body = self.app(inner, start_response)
+            is_whole = isinstance(body, list) and body and not written
+            answer.body = (b"".join(body) if is_whole else
+                           body if type(body) is FileWrapper else begin(body))
+        finally:
+            environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
+        if written:
+            close = getattr(answer.body, "close", do_nothing)
+            answer.body = ClosingIterator(chain(written, answer.body).__next__, close)
+        return answer
+
+
+OF_THE_MOUNT = ("SCRIPT_NAME", "PATH_INFO", "minibottle.route", "minibottle.response",
+                "minibottle.above")
 
 
 class Handler:
@@ -2615,80 +2953,157 @@ def handler_error(handler: Handler, error: HTTPError) -> object:
     return handler_body(handler, handler.on_error(error))
 
 
+def shortcut_of(verb: str) -> Callable:
+    def shortcut(self, path=None, method=verb, **options):
+        return self.route(path, method, **options)
+    shortcut.__name__, shortcut.__doc__ = verb.lower(), f"route(), for {verb}."
+    return shortcut
+
+
 class App:
     """An application: routes, hooks, error handlers. A WSGI callable, and Bottle's `Bottle`."""
 
-    def __init__(self, catchall: bool = True, **config: object) -> None:
-        self.catchall = catchall  # False: exceptions go on to the server or middleware
-        self.config = config
+    def __init__(self, *, catchall: bool = True, autojson: bool = True,
+                 json_dumps: Optional[Callable] = None, **config: object) -> None:
         self.routes: List[Route] = []
         self.router = Router()
-        self.error_handler: Dict[int, Callable] = {}
+        self.resources = ResourceManager()
+        self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
+        self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
         self._before: List[Callable] = []  # hooks, in the order of their calls
         self._after: List[Callable] = []
-        self._hooks = {"before_request": self._before, "after_request": self._after}
+        self._hooks: Dict[str, List[Callable]] = {
+            "before_request": self._before, "after_request": self._after,
+            "app_reset": [], "config": []}
+        self.config = ConfigDict().load_dict(config)
+        self.config.update(catchall=catchall)
+        self.config.update("json", enable=autojson, dump_func=json_dumps)
+        self.config._listener = partial(self.trigger_hook, "config")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # not by self.__dict__: having asked for that makes every attribute slower (CPython 3.11)
+        if hasattr(self, name) and not hasattr(type(self), name):
+            raise AttributeError(f"{name} is set already: a conflict of plugins? `del` it first")
+        object.__setattr__(self, name, value)
+
+    # False: exceptions go on to the server or middleware
+    catchall = property(lambda self: self.config["catchall"],
+                        lambda self, value: self.config.update(catchall=value))
+
+    def __enter__(self) -> App:
+        """In `with app:` it is the default application."""
+        default_app.push(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        default_app.remove(self)
 
     # -- what people say --
 
-    def route(self, path=None, method="GET", callback=None, name=None, **config):
+    def route(self, path=None, method="GET", callback=None, name=None, apply=None, skip=None,
+              **config):
         """Bind a function or Handler class to a rule (or several), also as a decorator.
 
-        `method` is one or a list; a Handler class brings its own. `stream=True`: call it when the
-        head is in, and let it read the body from request.environ["wsgi.input"] as it arrives.
+        Without a rule those of yieldroutes(). `method` is one or a list; a Handler class brings its
+        own. `apply`: plugins for this route; `skip`: plugins, names or classes of them, or True.
+        `stream=True`: call it when the head is in, and let it read the body from
+        request.environ["wsgi.input"] as it arrives. `max_body`: bytes. The rest is for plugins.
         """
         if is_handler(method):  # route("/x", Note)
             method, callback = None, method
-
-        if not listed(path) or callable(path):
-            raise RouteError("route() needs a rule, such as '/hello/<name>'")
+        if callable(path):  # @route
+            path, callback = None, path
 
         def decorator(callback: Any) -> Any:
+            callback = load(callback) if isinstance(callback, str) else callback
             methods = list(callback.verbs) if is_handler(callback) else listed(method)
             if not methods:
                 raise RouteError(f"{name_of(callback)} has no verb such as get")
-            for rule in listed(path):
+            if not listed(path) and not hasattr(callback, "__code__"):
+                raise RouteError("route() needs a rule, such as '/hello/<name>'")
+            for rule in listed(path) or yieldroutes(callback):
                 for verb in methods:
-                    made = Route(self, rule, verb.upper(), callback, name, **config)
-                    self.routes.append(made)
-                    self.router.add(rule, made.method, made, name)
+                    self.add_route(Route(self, rule, verb.upper(), callback, name, listed(apply),
+                                         listed(skip), **config))
             return callback
 
         return decorator(callback) if callback else decorator
 
-    def get(self, path=None, method="GET", **options):
-        """route(), for GET (and so HEAD)."""
-        return self.route(path, method, **options)
+    def add_route(self, route: Route) -> None:
+        """Add a Route, which stays that of its application, with its plugins."""
+        self.routes.append(route)
+        self.router.add(route.rule, route.method, route, route.name)
 
-    def post(self, path=None, method="POST", **options):
-        """route(), for POST."""
-        return self.route(path, method, **options)
+    def merge(self, routes: Union[App, Iterable[Route]]) -> None:
+        """Add the routes of another App."""
+        for route in routes.routes if isinstance(routes, App) else routes:
+            self.add_route(route)
 
-    def put(self, path=None, method="PUT", **options):
-        """route(), for PUT."""
-        return self.route(path, method, **options)
+    def mount(self, prefix: str, app: Callable, **options: Any) -> None:
+        """Give all below a prefix to another WSGI application; an App there has its own hooks,
+        plugins and error handlers. "/x" takes "/x" and "/x/…", "/x/" the latter only."""
+        segments = [segment for segment in prefix.split("/") if segment]
+        if not prefix.startswith("/") or not segments:
+            raise ValueError(f"cannot mount at {prefix!r}: a prefix is such as '/blog/'")
+        base = "/" + "/".join(segments)
+        if isinstance(app, App):
+            app.config.update("_mount", prefix=prefix, app=self)
+        options = {"skip": True, "method": "PROXY", **options}
+        self.route([base + "/<:re:.*>"] + [base] * (not prefix.endswith("/")),
+                   callback=Mount(self, app, len(segments)),
+                   mountpoint={"prefix": prefix, "target": app}, **options)
 
-    def delete(self, path=None, method="DELETE", **options):
-        """route(), for DELETE."""
-        return self.route(path, method, **options)
+    def install(self, plugin: Any) -> Any:
+        """Wrap a plugin around the routes, inside of those that are there: a decorator, or what
+        has apply(callback, route). Its setup(app) is called now, its close() at the end."""
+        if not callable(plugin) and not hasattr(plugin, "apply"):
+            raise TypeError(f"a plugin is callable or has apply(), not {plugin!r:.60}")
+        getattr(plugin, "setup", do_nothing)(self)
+        self.plugins.append(plugin)
+        self.reset()
+        return plugin
 
-    def patch(self, path=None, method="PATCH", **options):
-        """route(), for PATCH."""
-        return self.route(path, method, **options)
+    def uninstall(self, plugin: Any) -> list:
+        """Remove a plugin, those of a class or name, or all (True); returns them, newest first."""
+        removed = [it for it in reversed(self.plugins) if plugin is True
+                   or plugin in (it, type(it), getattr(it, "name", it))]
+        for gone in removed:
+            self.plugins.remove(gone)
+            getattr(gone, "close", do_nothing)()
+        if removed:
+            self.reset()
+        return removed
+
+    def reset(self, route: Union[Route, int, None] = None) -> None:
+        """Apply the plugins anew, to all routes or to one (or its place in `routes`)."""
+        for each in self.routes if route is None else [
+                route if isinstance(route, Route) else self.routes[route]]:
+            each.reset()
+        self.trigger_hook("app_reset")
+
+    def close(self) -> None:
+        """Close the plugins."""
+        for plugin in self.plugins:
+            getattr(plugin, "close", do_nothing)()
+
+    get, post, put, delete, patch = map(shortcut_of, ("GET", "POST", "PUT", "DELETE", "PATCH"))
 
     def error(self, code=500, callback=None):
-        """Bind a function to a status: it is given the HTTPError and returns the body."""
-        def decorator(callback: Callable) -> Callable:
-            self.error_handler[int(code)] = callback
+        """Bind a function to a status, or to a class of exceptions that nothing else handles: it is
+        given the HTTPError (and its `exception`), and returns the body."""
+        def decorator(callback: Any) -> Any:
+            callback = load(callback) if isinstance(callback, str) else callback
+            self.error_handler[code if isinstance(code, type) else int(code)] = callback
             return callback
         return decorator(callback) if callback else decorator
 
     def add_hook(self, name: str, func: Callable) -> None:
         """`before_request` (a Response that it returns or raises ends the request), in order;
-        `after_request`, in reverse, after every request, errors too."""
+        `after_request`, in reverse, after every request, errors too; `app_reset`, when plugins
+        change; `config`, given (config, key, value) before a setting changes."""
         if name not in self._hooks:
             raise KeyError(f"no hook {name!r}; there are {', '.join(self._hooks)}")
-        self._hooks[name].append(func) if name == "before_request" else \
-            self._hooks[name].insert(0, func)
+        self._hooks[name].insert(0 if name == "after_request" else len(self._hooks[name]), func)
 
     def remove_hook(self, name: str, func: Callable) -> Optional[bool]:
         """True if it was there."""
@@ -2697,6 +3112,10 @@ class App:
             return True
         return None
 
+    def trigger_hook(self, name: str, /, *args: object, **kwargs: object) -> list:
+        """Call the hooks of a name: what they return."""
+        return [hook(*args, **kwargs) for hook in list(self._hooks[name])]
+
     def hook(self, name: str) -> Callable:
         """add_hook as a decorator."""
         def decorator(func: Callable) -> Callable:
@@ -2704,7 +3123,7 @@ class App:
             return func
         return decorator
 
-    def get_url(self, name: str, **args: object) -> str:
+    def get_url(self, name: str, /, **args: object) -> str:
         """The path of a route, by its name or rule; what is no wildcard goes into the query."""
         return request.script_name.rstrip("/") + self.router.build(name, **args)
 
@@ -2731,9 +3150,13 @@ class App:
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
         if found:
-            return found[3].plan
+            plan = found[3].plan
+            if plan is not None:
+                return plan
+        plan = found[3].callback.plan(environ) if found else EARLY
         # a hook or a middleware may yet change the path, and then somebody wants the body
-        return LATE if self._before or "wsgi" in self.__dict__ else EARLY
+        wrapped = getattr(self.wsgi, "__self__", None) is not self
+        return LATE if plan is EARLY and (self._before or wrapped) else plan
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
         """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
@@ -2766,24 +3189,21 @@ class App:
                 raise environ["minibottle.refused"]
             found = self._look_up(environ)
             if found is None:
-                raise self._not_found(environ)
+                answer = self._not_found(environ)
+                if environ.get("minibottle.response") is None:
+                    environ["minibottle.response"] = answer  # nobody else has it
+                raise answer
             environ["minibottle.route"] = found
         if type(found[4]) is tuple:
             found = environ["minibottle.route"] = found[:4] + (convert_args(*found[4]),)
         return found
 
     def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
-        """400, 404 or 405; also the 204 to OPTIONS where no route takes it (RFC 9110 9.3.7)."""
         try:
             path = wsgi_to_text(environ.get("PATH_INFO", "")) or "/"
         except UnicodeError:
             return HTTPError(400, "The path is not UTF-8.")
-        methods = self.router.allowed(path)
-        if not methods:
-            return HTTPError(404, f"Not found: {path!r}")
-        if environ["REQUEST_METHOD"].upper() == "OPTIONS":
-            return HTTPResponse("", 204, Allow=", ".join(methods))
-        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+        return self.router.refusal(environ["REQUEST_METHOD"], path)
 
     def _handle(self, environ: Dict[str, Any]) -> Any:
         """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
@@ -2840,7 +3260,13 @@ class App:
             return res.body
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
-        return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")))
+        error, cause = res.exception, ""
+        if DEBUG and error is not None:
+            from traceback import format_exception
+            cause = "".join(format_exception(type(error), error, error.__traceback__))
+            cause = f"<pre>{html_escape(cause)}</pre>\n"
+        return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")),
+                                 cause=cause).encode("utf-8")
 
     # -- what was returned, to bytes --
 
@@ -2854,8 +3280,7 @@ class App:
             return bytes(out)
         if isinstance(out, dict) or isinstance(out, list) and not (
                 out and isinstance(out[0], (str, bytes, Response))):
-            response.content_type = "application/json"
-            return json_dumps(out).encode("utf-8")
+            return self._cast_json(out)
         if not out:  # None, False, 0, ()
             return b""
         if isinstance(out, (list, tuple)):
@@ -2865,6 +3290,8 @@ class App:
         if isinstance(out, io.TextIOBase):
             pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
             return self._cast_iterator(pieces)
+        if type(out) is FileWrapper:  # of a mounted application
+            return out
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
@@ -2874,9 +3301,35 @@ class App:
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
+    def _cast_json(self, out: Union[dict, list]) -> bytes:
+        """As the settings of the route want it: json.dump_func, or json.indent and json.ascii."""
+        found = request.environ.get("minibottle.route")
+        config = found[3].config if found else self.config
+        if not config.get("json.enable"):
+            raise TypeError(f"a {type(out).__name__} cannot be sent: json.enable is off")
+        dump = config.get("json.dump_func")
+        text = dump(out) if dump else json_dumps(
+            out, indent=config.get("json.indent"), ensure_ascii=config.get("json.ascii", True))
+        response.content_type = "application/json"
+        return text.encode("utf-8") if isinstance(text, str) else text
+
+    def _error_handler_of(self, error: HTTPError) -> Callable:
+        """Of this application, else of the one that it is mounted in."""
+        keys: list = [error.status_code]
+        if error.status_code == 500:
+            keys = [*type(error.exception).__mro__, 500]
+        for app in (self, *request.environ.get("minibottle.above", ())):
+            for key in keys:
+                if key in app.error_handler:
+                    return app.error_handler[key]
+            page = app.default_error_handler
+            if getattr(page, "__func__", None) is not App.default_error_handler:
+                return page
+        return self.default_error_handler
+
     def _cast_error(self, error: HTTPError) -> Any:
         """The page for an HTTPError. A handler that fails costs its page, and no more."""
-        handler = self.error_handler.get(error.status_code, self.default_error_handler)
+        handler = self._error_handler_of(error)
         try:
             out = handler(error)
             if out is error:
@@ -2930,7 +3383,7 @@ class App:
             else:
                 status, headers = answer.status_line, answer.headerlist
                 has_body = answer.status_code not in BODILESS
-            if "minibottle.copy" in environ:
+            if "minibottle.copy" in environ and "minibottle.above" not in environ:
                 out = closing_too(out, environ["minibottle.copy"])
             if type(out) is bytes:
                 # FAST: our server counts by itself, where nothing is between us and it
@@ -2951,13 +3404,32 @@ class App:
             CURRENT.reset(token)
 
 
+class AppStack(list):
+    """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
+
+    @property
+    def default(self) -> App:
+        return self[-1] if self else self.push()
+
+    def __call__(self) -> App:
+        return self.default
+
+    def push(self, app: Optional[App] = None) -> App:
+        self.append(app if isinstance(app, App) else App())
+        return self[-1]
+
+    new_app = push
+
+
+app = apps = default_app = AppStack()
 Bottle = App
 NO_ARGS: dict = {}
 HTML = ("Content-Type", Response.default_content_type)
 BODILESS = (100, 101, 204, 304)
 ERROR_PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title></head>
-<body><h1>{title}</h1><p>{text}</p></body></html>
+<body><h1>{title}</h1><p>{text}</p>
+{cause}</body></html>
 """
 
 
@@ -2966,17 +3438,6 @@ def listed(value: object) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
-
-
-def convert_args(rule: Rule, match: Match) -> dict:
-    """The arguments of a call, by what the filters of the rule make of its wildcards."""
-    args = match.groupdict()
-    try:
-        for name, convert in rule.converters:
-            args[name] = convert(args[name])
-    except ValueError:
-        raise HTTPError(400, "Path has wrong format.") from None
-    return args
 
 
 def run_hooks(hooks: List[Callable]) -> Optional[Response]:
@@ -5310,9 +5771,9 @@ def bind(address: str) -> socket.socket:
         name = parse_address(address)
         family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
     else:
-        family = getattr(socket, "AF_UNIX", None)
-        if family is None:
+        if not hasattr(socket, "AF_UNIX"):
             raise UsageError(f"no unix sockets on this system: {address}")
+        family = socket.AF_UNIX
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         (bind_unix if type(name) is str else bind_port)(sock, name)
@@ -5449,23 +5910,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
 # === 15. Default app and command line =========================================
 # The module-level shortcuts of Bottle, run(), and `python minibottle.py module:name`.
 
-class AppStack(list):
-    """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
-
-    def __call__(self) -> App:
-        return self[-1] if self else self.push()
-
-    def push(self, app: Optional[App] = None) -> App:
-        self.append(app if isinstance(app, App) else App())
-        return self[-1]
-
-    new_app = push
-
-
-app = apps = default_app = AppStack()
-
-
-def on_default_app(name: str) -> Callable:
+def make_default_app_wrapper(name: str) -> Callable:
     """A function that calls the method of the default application, whichever that is then."""
     @wraps(getattr(App, name))
     def shortcut(*args: object, **options: object) -> Any:
@@ -5473,15 +5918,23 @@ def on_default_app(name: str) -> Callable:
     return shortcut
 
 
-route = on_default_app("route")
-get = on_default_app("get")
-post = on_default_app("post")
-put = on_default_app("put")
-delete = on_default_app("delete")
-patch = on_default_app("patch")
-error = on_default_app("error")
-hook = on_default_app("hook")
-url = on_default_app("get_url")
+route, get, post, put, delete, patch, error, hook, install, uninstall, mount, url = map(
+    make_default_app_wrapper, ("route", "get", "post", "put", "delete", "patch", "error", "hook",
+                               "install", "uninstall", "mount", "get_url"))
+
+
+def load_app(target: str) -> Callable:
+    """"module:name" -> that application; "module" -> the default one that it fills. As it is
+    imported, its run() does nothing."""
+    global NORUN
+    before, NORUN = NORUN, True
+    made = default_app.push()
+    try:
+        found = load(target)
+        return found if callable(found) else made
+    finally:
+        default_app.remove(made)
+        NORUN = before
 
 
 # -- to be found by those who look for Bottle --
@@ -5586,7 +6039,7 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     cannot start is said in a line on stderr, and raises SystemExit.
     """
     global DEBUG
-    running = sys.modules.get("minibottle.running")
+    running: Any = sys.modules.get("minibottle.running")
     if NORUN:
         return
     if reloader:
@@ -5621,25 +6074,6 @@ def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict]) -> 
         app.install(load(plugin) if isinstance(plugin, str) else plugin)
     if config:
         app.config.update(config)
-
-
-def load(target: str) -> Any:
-    """"a.b" -> the module, "a.b:c.d" -> what it has under that name."""
-    module, _, names = target.partition(":")
-    return reduce(getattr, names.split(".") if names else (), import_module(module))
-
-
-def load_app(target: str) -> Callable:
-    """What `target` names if that can be called, else the default App that its import fills."""
-    global NORUN
-    kept, NORUN = NORUN, True
-    made = default_app.push()
-    try:
-        found = load(target)
-        return found if callable(found) else made
-    finally:
-        default_app.remove(made)
-        NORUN = kept
 
 
 def load_target(target: str) -> Optional[Callable]:

@@ -2685,6 +2685,49 @@ class RouterTest(UnitTest):
         self.assertEqual(ask(app, "/r1999/a/5").text, "a")
 
 
+class BottleRouterTest(UnitTest):
+    """What Bottle's Router does besides."""
+
+    def test_a_router_works_on_its_own(self):
+        router = minibottle.Router()
+        router.add("/s", "GET", "static")
+        router.add("/ö/<n:int>/<:re:[a-z]>", "POST", "wild", "named")
+        router.add("/f/<x:float>", "GET", "float")
+        for path, method, expected in (
+                ("/s", "GET", ("static", {})), ("/s", "HEAD", ("static", {})),
+                                       ("/ö/5/a", "POST", ("wild", {"n": 5}))):
+            found = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
+            self.assertEqual(found, expected)
+        for path, method, status in (("/t", "GET", 404), ("/s", "PUT", 405), ("/s", "OPTIONS", 204),
+                                     ("/f/1.2.3", "GET", 400)):
+            with self.subTest(path=path, method=method), self.assertRaises(HTTPResponse) as caught:
+                router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
+            self.assertEqual(caught.exception.status_code, status)
+
+    def test_wildcards_without_a_name_take_positional_arguments(self):
+        router = minibottle.Router()
+        router.add("/<:int>/<name>/<:path>", "GET", 1, "x")
+        self.assertEqual(router.build("x", 5, "a b/c", name="n", q=1), "/5/n/a%20b/c?q=1")
+        for positional in ((), (5,)):
+            with self.assertRaises(RouteBuildError):
+                router.build("x", *positional, name="n")
+        with self.assertRaises(ValueError):
+            router.build("x", "five", "a", name="n")
+
+    def test_bottles_first_syntax_is_read_with_a_warning(self):
+        for rule, path, expected in (
+                ("/:a", "/x", {"a": "x"}), ("/:a/:b.txt", "/x/y.txt", {"a": "x", "b": "y"}),
+                ("/:n#[0-9]+#/x", "/12/x", {"n": "12"}), ("/:n#[0-9]+#/x", "/a/x", 404),
+                ("/:#[0-9]+#", "/5", {}), ("/f(:a#(x|y)#)", "/f(y)", {"a": "y"})):
+            app = App()
+            with self.subTest(rule=rule, path=path), self.assertWarns(DeprecationWarning):
+                app.route(rule, callback=lambda **args: args)
+            answer = ask(app, path)
+            self.assertEqual(answer.json if answer.status_code == 200 else 404, expected)
+        for rule, path in ((r"/\:a", "/:a"), ("/users:batch", "/users:batch"), ("/a:/b", "/a:/b")):
+            self.assertEqual(ask(app_of(lambda: "x", rule), path).text, "x")
+
+
 # === 9. Templates =============================================================
 
 rendered = minibottle.template
@@ -3792,6 +3835,505 @@ class SiteOnWaitressTest(SiteChecks, unittest.TestCase):
     def serve():
         module = os.path.splitext(os.path.basename(__file__))[0]
         return serve_waitress(module + ":make_site")
+
+
+class ConfigTest(UnitTest):
+
+    def test_names_are_dotted_text(self):
+        config = minibottle.ConfigDict().load_dict({"a": {"b": {"c": 1}, "B.d": 2}, "e": 3})
+        config.update("x.y", z=4)
+        config.update({"f": 5}, g=6)
+        self.assertEqual(config, {"a.b.c": 1, "a.B.d": 2, "e": 3, "x.y.z": 4, "f": 5, "g": 6})
+        self.assertEqual((config.setdefault("e", 9), config.setdefault("h", 9)), (3, 9))
+        for load in (config.update, config.load_dict):
+            with self.assertRaisesRegex(TypeError, "5"):
+                load({5: 1})
+
+    def test_a_filter_converts_what_is_set(self):
+        config = minibottle.ConfigDict()
+        config.meta_set("port", "filter", int)
+        config.update(port="80")
+        self.assertEqual((config["port"], config._make_overlay().meta_get("port", "filter")),
+                         (80, int))
+        with self.assertRaises(ValueError):
+            config["port"] = "http"
+
+    def test_an_overlay_follows_its_source_where_it_has_nothing_itself(self):
+        source = minibottle.ConfigDict()
+        overlay = source._make_overlay()._make_overlay()
+        source["a"] = 1
+        self.assertEqual((overlay["a"], overlay.get("a"), "a" in overlay), (1, 1, True))
+        overlay["a"] = 2
+        self.assertEqual((source["a"], overlay["a"]), (1, 2))
+        del overlay["a"]
+        self.assertEqual(overlay["a"], 1)
+        with self.assertRaises(KeyError):
+            del overlay["a"]
+        del source["a"]
+        self.assertEqual(("a" in overlay, overlay.get("a", 5)), (False, 5))
+        with self.assertRaises(KeyError):
+            overlay["a"]
+
+    def test_ini_files_and_modules(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "a.ini")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("[DEFAULT]\nd: 1\n[bottle]\nPort = 8080\n[A.b]\nk: ö${d}\nalone\n")
+            config = minibottle.ConfigDict().load_config([path, path + ".none"])
+        self.assertEqual(config, {"d": "1", "port": "8080", "a.b.k": "ö1", "a.b.d": "1",
+                                  "a.b.alone": None})
+        module = types.SimpleNamespace(DB={"HOST": "a"}, small=1)
+        with mock.patch.dict(sys.modules, settings_of_test=module):
+            self.assertEqual(minibottle.ConfigDict().load_module("settings_of_test"),
+                             {"DB.HOST": "a"})
+            self.assertEqual(minibottle.ConfigDict().load_module("settings_of_test", False),
+                             {"DB": {"HOST": "a"}})
+
+    def test_a_route_has_the_settings_of_its_application_and_its_own(self):
+        app = App(name="x")
+        app.route("/", callback=lambda: "", db={"host": "a"}, name2=1)
+        app.config["later"] = 2
+        config = app.routes[0].config
+        self.assertEqual([config[key] for key in ("name", "db.host", "name2", "later")],
+                         ["x", "a", 1, 2])
+        self.assertEqual((config.get("db"), "name2" in app.config), (None, False))
+
+    def test_a_hook_sees_a_change_and_may_refuse_it(self):
+        app, seen = App(), []
+
+        @app.hook("config")
+        def hook(config, key, value):
+            seen.append((config is app.config, key, value))
+            if value == "bad":
+                raise ValueError(value)
+        app.config["a"] = 1
+        with self.assertRaises(ValueError):
+            app.config["a"] = "bad"
+        self.assertEqual((seen, app.config["a"]), ([(True, "a", 1), (True, "a", "bad")], 1))
+
+    def test_json_is_written_as_the_settings_say(self):
+        app = App(json_dumps=lambda value: "own:%r" % value)
+        app.route("/", callback=lambda: {"a": "ö"})
+        app.route("/indent", callback=lambda: [["ö"]], json={"dump_func": None, "indent": 1,
+                                                           "ascii": False, "enable": True})
+        app.route("/off", callback=lambda: {}, json={"enable": False})
+        self.assertEqual(ask(app).text, "own:{'a': 'ö'}")
+        answer = ask(app, "/indent")
+        self.assertEqual(answer.headers["Content-Type"], JSON)
+        self.assertEqual(answer.text, '[\n [\n  "ö"\n ]\n]')
+        with self.assertLogged():
+            self.assertEqual(ask(app, "/off").status_code, 500)
+        app = App(autojson=False)
+        app.install(minibottle.JSONPlugin(lambda value: "plugin"))
+        app.route("/", callback=lambda: HTTPResponse({"a": 1}, 402))
+        self.assertEqual((ask(app).text, ask(app).status_code), ("plugin", 402))
+
+
+class ResourceTest(UnitTest):
+
+    def test_files_are_found_in_the_order_of_their_directories(self):
+        with tempfile.TemporaryDirectory() as folder:
+            resources = App().resources
+            base = os.path.join(folder, "module.py")
+            self.assertFalse(resources.add_path("./b/", base))
+            self.assertTrue(resources.add_path("./a/", base, index=0, create=True))
+            self.assertTrue(resources.add_path("./b/", base, create=True))
+            self.assertEqual([os.path.basename(path[:-1]) for path in resources.path], ["a", "b"])
+            for name in ("b/x.txt", "a/x.txt", "b/y.txt"):
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write(name)
+            for name, text in (("x.txt", "a/x.txt"), ("y.txt", "b/y.txt")):
+                with resources.open(name) as file:
+                    self.assertEqual(file.read(), text)
+            self.assertIsNone(resources.lookup("z.txt"))
+            with self.assertRaisesRegex(FileNotFoundError, "z.txt"):
+                resources.open("z.txt")
+
+
+class Mark:
+    """A plugin that leaves a letter behind what a callback returns."""
+
+    def __init__(self, letter, name=None):
+        self.letter = letter
+        self.seen = []
+        if name:
+            self.name = name
+
+    def setup(self, app):
+        self.seen.append(app)
+
+    def close(self):
+        self.seen.append("closed")
+
+    def apply(self, callback, route):
+        return lambda **args: callback(**args) + self.letter
+
+
+class PluginTest(UnitTest):
+
+    def test_the_first_is_outermost_and_those_of_a_route_are_inside(self):
+        app = App()
+        a, b, c, d = (Mark(letter) for letter in "abcd")
+        self.assertEqual([app.install(a), app.install(b), a.seen], [a, b, [app]])
+        app.route("/", apply=[c, d], callback=lambda: "")
+        app.route("/deco", apply=lambda callback: lambda: callback() + "!", callback=lambda: "")
+        app.route("/<x>", callback=lambda request, x: request.method + x)
+        self.assertEqual([ask(app, path).text for path in ("/", "/deco", "/5")],
+                         ["dcba", "!ba", "GET5ba"])
+        app.install(Mark("e"))
+        self.assertEqual(ask(app).text, "dceba")
+
+    def test_of_one_name_the_last_counts_and_any_can_be_skipped(self):
+        app = App()
+        one, two = app.install(Mark("1", "n")), app.install(Mark("2", "n"))
+        other = app.install(Mark("o"))
+        for skip, expected in ((None, "o2"), ("n", "o"), ([two], "o1"), (Mark, ""), (True, ""),
+                               ([other, "n"], "")):
+            app.route("/", skip=skip, callback=lambda: "")
+            with self.subTest(skip=skip):
+                self.assertEqual(ask(app).text, expected)
+        self.assertEqual(app.uninstall("n"), [two, one])
+        self.assertEqual((one.seen, two.seen), ([app, "closed"],) * 2)
+
+    def test_plugins_go_by_instance_class_name_or_all_at_once(self):
+        for which, left in ((lambda a, b: a, "b"), (lambda a, b: Mark, ""), (lambda a, b: "n", "a"),
+                            (lambda a, b: True, "")):
+            app = app_of(lambda: "")
+            resets = []
+            a, b = app.install(Mark("a")), app.install(Mark("b", "n"))
+            app.hook("app_reset")(lambda: resets.append(1))
+            app.uninstall(which(a, b))
+            self.assertEqual((ask(app).text, resets, app.uninstall("nothing")), (left, [1], []))
+            app.close()
+            self.assertEqual([a.seen[1:], b.seen[1:]], [["closed"]] * 2)
+        with self.assertRaises(TypeError):
+            app.install("no plugin")
+
+    def test_a_plugin_sees_the_function_and_may_give_it_what_it_names(self):
+        class Database:
+            name, api = "db", 2
+
+            def apply(self, callback, route):
+                if "db" not in route.get_callback_args():
+                    return callback
+                return lambda **args: callback(db=route.config.get("db.file"), **args)
+        app = App()
+        app.install(Database())
+        app.route("/<x>", callback=lambda x, *, db: x + db, db={"file": "f"})
+        app.route("/", callback=lambda: "none")
+        self.assertEqual([ask(app, path).text for path in ("/a", "/")], ["af", "none"])
+
+    def test_the_decorated_function_is_found(self):
+        def plain(a, b):
+            pass
+
+        def careless(function):
+            return lambda *args, **kwargs: function(*args, **kwargs)
+
+        class Object:
+            method = careless(plain)
+        for callback in (plain, careless(plain), functools.wraps(plain)(lambda: 0),
+                         careless(careless(plain)), Object().method):
+            route = minibottle.Route(App(), "/", "GET", callback)
+            self.assertIs(route.get_undecorated_callback(), plain)
+            self.assertEqual(route.get_callback_args(), ["a", "b"])
+
+    def test_plugins_wrap_handler_classes_and_bound_methods(self):
+        class Note(Handler):
+            def get(self, id):
+                return id
+
+            def post(self, id):
+                return "post"
+        app = App()
+        app.route("/<id>", Note, apply=Mark("!"))
+
+        class Whole:
+            def apply(self, callback, route):
+                return self.answer
+
+            def answer(self):
+                return "instead"
+        app.route("/", apply=Whole(), callback=lambda: "never")
+        self.assertEqual((ask(app, "/5").text, ask(app, "/5", "POST").text, ask(app).text),
+                         ("5!", "post!", "instead"))
+
+    def test_agents_wrap_the_methods_that_a_request_passes(self):
+        seen = []
+
+        def wrapper(cls, name):
+            plain = getattr(cls, name)
+
+            def call(self, *args):
+                seen.append(name)
+                return plain(self, *args)
+            return mock.patch.object(cls, name, call)
+        with contextlib.ExitStack() as stack:
+            for cls, name in ((App, "__call__"), (App, "wsgi"), (App, "_handle"), (App, "_cast"),
+                              (minibottle.Route, "_make_callback")):
+                stack.enter_context(wrapper(cls, name))
+            ask(app_of(lambda: ["x"]))
+        self.assertEqual(seen, ["__call__", "wsgi", "_handle", "_make_callback", "_cast"])
+
+
+class SignatureTest(UnitTest):
+    """Routes without a rule, and callbacks by name."""
+
+    def test_rules_come_from_the_signature(self):
+        def a__b(x, y=5):
+            return "%s %s" % (x, y)
+
+        def own(request, z="-"):
+            return request.path + z
+        self.assertEqual(list(minibottle.yieldroutes(a__b)), ["/a/b/<x>", "/a/b/<x>/<y>"])
+        for register in (App.route, lambda app, function: app.route()(function),
+                         lambda app, function: app.route(callback=function)):
+            app = App()
+            self.assertIs(register(app, a__b), a__b)
+            register(app, own)
+            self.assertEqual([ask(app, path).text for path in ("/a/b/1", "/a/b/1/2", "/own/z")],
+                             ["1 5", "1 2", "/own/zz"])
+        for bad in (Handler, functools.partial(own)):
+            with self.assertRaises(minibottle.RouteError):
+                App().route(bad)
+
+    def test_a_callback_may_be_named(self):
+        app = App()
+        app.route("/", callback="os:getcwd")
+        self.assertEqual(ask(app).text, os.getcwd())
+        self.assertEqual(minibottle.load("re:compile(x)", x="[a-z]").pattern, "[a-z]")
+        self.assertIs(minibottle.load("os.path"), os.path)
+        with self.assertRaises(ModuleNotFoundError):
+            app.route("/x", callback="no_such_module:x")
+
+    def test_merged_routes_stay_those_of_their_application(self):
+        app, other = App(), App()
+        other.install(Mark("!"))
+        other.route("/<x>", callback=lambda request, x: str(request.app is app))
+        app.merge(other)
+        app.add_route(minibottle.Route(app, "/", "GET", lambda: "own"))
+        self.assertEqual([ask(app, path).text for path in ("/1", "/")], ["True!", "own"])
+        self.assertIs(app.routes[0].app, other)
+
+
+class AttributeTest(UnitTest):
+
+    def test_an_attribute_is_set_once_but_middlewares_stack(self):
+        app = app_of(lambda: "x")
+        app.db = 1
+        for name in ("db", "config", "plugins", "router"):
+            with self.assertRaisesRegex(AttributeError, name):
+                setattr(app, name, 2)
+        del app.db
+        app.db = 2
+        for letter in "ab":
+            app.wsgi = functools.partial(
+                lambda plain, letter, environ, start: [*plain(environ, start), letter.encode()],
+                app.wsgi, letter)
+        self.assertEqual(TestClient(app).get("/").text, "xab")
+        app.catchall = False
+        self.assertFalse(app.config["catchall"])
+
+    def test_with_makes_an_application_the_default(self):
+        before, app = minibottle.default_app(), App()
+        with app:
+            minibottle.get("/in")(lambda: "in")
+            self.assertIs(minibottle.apps.default, app)
+            plugin = minibottle.install(Mark("!"))
+            minibottle.mount("/sub/", App())
+        self.assertIs(minibottle.default_app(), before)
+        self.assertEqual((ask(app, "/in").text, app.uninstall(plugin)), ("in!", [plugin]))
+        self.assertEqual(minibottle.mount.__doc__, App.mount.__doc__)
+
+    def test_an_import_string_gives_an_application(self):
+        with tempfile.TemporaryDirectory() as folder, \
+                mock.patch.object(sys, "path", [folder] + sys.path):
+            with open(os.path.join(folder, "old_bottle_app.py"), "w") as file:
+                file.write("from minibottle import *\nown = App()\n@get('/')\ndef index():\n"
+                           "    return 'x'\nrun(port=1)\n")
+            before = len(minibottle.default_app)
+            app = minibottle.load_app("old_bottle_app")
+            own = minibottle.load_app("old_bottle_app:own")
+            self.assertIs(own, sys.modules.pop("old_bottle_app").own)
+        self.assertEqual((ask(app).text, len(minibottle.default_app)), ("x", before))
+        self.assertFalse(minibottle.NORUN)
+
+
+class ErrorClassTest(UnitTest):
+
+    def test_an_exception_has_the_handler_of_its_class_else_the_one_for_500(self):
+        app = App()
+        def fail(error):
+            raise error
+        for name, error in (("key", KeyError), ("os", OSError), ("zero", ZeroDivisionError)):
+            app.route("/" + name, callback=functools.partial(fail, error))
+        app.error(LookupError)(lambda error: {"lookup": type(error.exception).__name__})
+        app.error(500)(lambda error: "500")
+        app.error(OSError, "http:HTTPStatus.OK.phrase.index")  # fails
+        app.post("/json", callback=lambda: request.json)
+        with self.assertLogs("minibottle", "ERROR"):
+            self.assertEqual([ask(app, path).text for path in ("/key", "/zero")],
+                             ['{"lookup": "KeyError"}', "500"])
+            self.assertIn("error handler failed", ask(app, "/os").text)
+        app.error(ValueError)(lambda error: self.fail("a fault of the client's"))
+        self.assertEqual(ask(app, "/json", "POST", body="{", headers={
+            "Content-Type": JSON}).status_code, 400)
+
+    def test_the_page_shows_the_traceback_only_in_debug(self):
+        app = app_of(lambda: {}["<secret>"])
+        with self.assertLogs("minibottle", "ERROR"):
+            self.assertNotIn("secret", ask(app).text)
+            with mock.patch.object(minibottle, "DEBUG", True):
+                self.assertIn("KeyError: &#039;&lt;secret&gt;&#039;", ask(app).text)
+
+
+class MountTest(UnitTest):
+
+    def where(self):
+        return "%s|%s|%s" % (request.script_name, request.path, request.query.q)
+
+    def test_an_application_answers_below_its_prefix(self):
+        app, child = App(), App()
+        child.route("/", callback=self.where)
+        child.route("/a/<x>", callback=lambda x: self.where() + x)
+        app.route("/<p:path>", callback=lambda p: "parent")
+        app.mount("/x", child)
+        app.mount("/y/z/", child)
+        child.route("/late", callback=self.where)
+        for path, expected in (
+                ("/x", "/x/|/|"), ("/x/", "/x/|/|"), ("/x/a/ö?q=1", "/x/|/a/ö|1ö"),
+                ("/x/late", "/x/|/late|"), ("/y/z/", "/y/z/|/|"), ("/y/z", "parent"),
+                ("/xy", "parent"), ("/x/none", 404), ("/x//", 404)):
+            with self.subTest(path=path):
+                answer = ask(app, path)
+                self.assertEqual(answer.text if answer.status_code == 200 else 404, expected)
+        self.assertEqual(child.config["_mount.prefix"], "/y/z/")
+        self.assertIs(child.config["_mount.app"], app)
+        self.assertEqual(app.routes[1].config["mountpoint.target"], child)
+        for prefix in ("x", "/", ""):
+            with self.assertRaises(ValueError):
+                app.mount(prefix, child)
+
+    def test_the_longest_prefix_wins_whichever_came_first(self):
+        app = App()
+        for prefix in ("/a/", "/a/b/c/", "/a/b/"):
+            app.mount(prefix, app_of(lambda prefix=prefix, **args: prefix, "/<p:re:.*>"))
+        for path, expected in (("/a/x", "/a/"), ("/a/b/x", "/a/b/"), ("/a/b/c/x", "/a/b/c/"),
+                               ("/a/bc/", "/a/")):
+            self.assertEqual(ask(app, path).text, expected, path)
+
+    def test_both_have_their_hooks_and_the_parents_run_around(self):
+        app, child, seen = App(), App(), []
+        for each, name in ((app, "parent"), (child, "child")):
+            each.hook("before_request")(lambda name=name: [
+                seen.append("before " + name), response.set_header("X-" + name, "1"),
+                response.set_cookie(name, "1")])
+            each.hook("after_request")(lambda name=name: seen.append(
+                "after %s %s" % (name, request.path)))
+        child.route("/", callback=lambda: seen.append(request.app is child) or "x")
+        app.mount("/c/", child)
+        for path, call in (("/c/", [True]), ("/c/none", [])):
+            seen.clear()
+            answer = ask(app, path)
+            self.assertEqual(seen, ["before parent", "before child"] + call + [
+                "after child " + path[2:], "after parent " + path])
+            self.assertEqual((answer.headers["X-Parent"], answer.headers["X-Child"],
+                              sorted(answer.headers.getall("Set-Cookie"))),
+                             ("1", "1", ["child=1", "parent=1"]))
+
+    def test_an_error_is_for_the_child_first_then_for_the_parent(self):
+        app, middle, child = App(), App(), App()
+        middle.mount("/c/", child)
+        app.mount("/m/", middle)
+        for each, name, codes in ((app, "app", (401, 402, 403)), (middle, "middle", (402, 403)),
+                                  (child, "child", (403,))):
+            for code in codes:
+                each.error(code)(lambda error, name=name: name)
+        child.route("/<code:int>", callback=abort)
+        self.assertEqual([ask(app, "/m/c/%d" % code).text for code in (401, 402, 403)],
+                         ["app", "middle", "child"])
+        self.assertIn("<h1>404 Not Found", ask(app, "/m/c/none").text)
+        app.default_error_handler = lambda error: {"error": error.status_code}
+        self.assertEqual(ask(app, "/m/c/none").json, {"error": 404})
+
+    def test_plugins_of_the_child_count_and_those_of_the_parent_on_demand(self):
+        app, child = App(), app_of(lambda: "x")
+        child.install(Mark("c"))
+        app.install(lambda callback: lambda **args: [callback(**args)])
+        app.mount("/c/", child)
+        self.assertEqual(ask(app, "/c/").text, "xc")
+
+    def test_any_wsgi_application_can_be_mounted(self):
+        closable = Closable([b"", b"a", b"b"])
+
+        def lazy(environ, start):
+            start("299 Odd", [("X-A", "Ã¶"), ("X-A", "2"), ("Content-Type", "a/b")])
+            yield environ["PATH_INFO"].encode()
+            yield environ["SCRIPT_NAME"].encode()
+
+        def writing(environ, start):
+            write = start("200 OK", [])
+            write(b"1")
+            write(b"2")
+            return closable
+
+        def failing(environ, start):
+            try:
+                start("200 OK", [])
+                1 // 0
+            except ZeroDivisionError:
+                start("500 x", [], sys.exc_info())
+            return []
+
+        def empty(environ, start):
+            start("204 No Content", [])
+            return []
+        app = App()
+        app.error(500)(lambda error: "parent: " + type(error.exception).__name__)
+        for name, child in (("lazy", lazy), ("writing", writing), ("failing", failing),
+                            ("empty", empty)):
+            app.mount("/" + name, child)
+        answer = ask(app, "/lazy/x")
+        self.assertEqual((answer.status, answer.headers.getall("X-A"), answer.text),
+                         ("299 Odd", ["ö", "2"], "/x/lazy"))
+        self.assertEqual((ask(app, "/writing").text, closable.closed), ("12ab", 1))
+        with self.assertLogged():
+            self.assertEqual(ask(app, "/failing").text, "parent: ZeroDivisionError")
+        self.assertEqual((ask(app, "/empty").status_code, ask(app, "/empty").body), (204, b""))
+        self.assertEqual(ask(app, "/lazy", "HEAD").body, b"")
+
+    def test_what_is_streamed_below_a_prefix_sees_its_own_request(self):
+        def stream():
+            yield self.where()
+            yield request.user
+            yield self.where()
+
+        app, child = App(), app_of(stream)
+        child.hook("before_request")(lambda: setattr(request, "user", "u"))
+        app.hook("after_request")(lambda: self.assertEqual(request.user, "u"))
+        app.mount("/c", child)
+        self.assertEqual(ask(app, "/c?q=5").text, "/c/|/|5u/c/|/|5")
+        self.assertNotIn("Content-Length", ask(app, "/c", "HEAD").headers)
+
+    def test_a_body_is_read_once_for_both_and_closed_at_the_end(self):
+        app, child = App(), App()
+        child.post("/", callback=lambda: request.forms.a + request.body.read().decode())
+        app.hook("after_request")(lambda: response.set_header("X-A", request.body.read().decode()))
+        app.mount("/c/", child)
+        answer = ask(app, "/c/", "POST", form={"a": 1})
+        self.assertEqual((answer.text, answer.headers["X-A"]), ("1a=1", "a=1"))
+
+    def test_the_server_plans_by_the_route_of_the_child(self):
+        app, child = App(), App()
+        child.post("/stream", stream=True, max_body=5, callback=lambda: "")
+        app.mount("/c", child)
+        app.mount("/wsgi", lambda environ, start: [])
+        plan = app.minibottle_plan(environ_of("/c/stream", "POST"))
+        self.assertEqual((plan.stream, plan.max_body), (True, 5))
+        self.assertTrue(app.minibottle_plan(environ_of("/c/none")).early)
+        self.assertFalse(app.minibottle_plan(environ_of("/wsgi/none")).early)
+        app.add_hook("before_request", lambda: None)
+        self.assertFalse(app.minibottle_plan(environ_of("/c/none")).early)
 
 
 # === 11. Test client ==========================================================
