@@ -2695,7 +2695,7 @@ class BottleRouterTest(UnitTest):
         router.add("/f/<x:float>", "GET", "float")
         for path, method, expected in (
                 ("/s", "GET", ("static", {})), ("/s", "HEAD", ("static", {})),
-                                       ("/ö/5/a", "POST", ("wild", {"n": 5}))):
+                ("/ö/5/a", "POST", ("wild", {"n": 5}))):
             found = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
             self.assertEqual(found, expected)
         for path, method, status in (("/t", "GET", 404), ("/s", "PUT", 405), ("/s", "OPTIONS", 204),
