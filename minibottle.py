@@ -110,8 +110,8 @@ __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "app default_app route get post put delete patch error hook url run "
     "TestClient Server Settings GzipMiddleware "
-    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError auth_basic parse_auth "
-    "cookie_encode cookie_decode cookie_is_encoded "
+    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError auth_basic "
+    "parse_auth cookie_encode cookie_decode cookie_is_encoded "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict Router Route RouteError RouteSyntaxError "
     "RouteBuildError BottleException BadRequest UsageError StartError html_escape http_date"
 ).split()
@@ -381,6 +381,7 @@ TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # what no field value and no reason may hold
 
 
+@lru_cache(maxsize=256)
 def check_field_name(name: object) -> str:
     """A header name -> the same in Title-Case, "_" as "-". Raises ValueError."""
     if not isinstance(name, str) or not TOKEN.fullmatch(name):
@@ -394,7 +395,8 @@ def check_field_value(value: object) -> str:
         "" if value is None else value.decode("utf-8") if isinstance(value, bytes) else str(value))
     if CONTROL.search(text):
         raise ValueError(f"control character in header value {text!r}")
-    text.encode("utf-8")  # UnicodeEncodeError is a ValueError
+    if not text.isascii():
+        text.encode("utf-8")  # UnicodeEncodeError is a ValueError
     return text
 
 
@@ -403,8 +405,9 @@ class MultiDict(MutableMapping):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.dict: Dict[str, list] = {}
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
+        if args or kwargs:
+            for key, value in dict(*args, **kwargs).items():
+                self[key] = value
 
     def __len__(self) -> int:
         return len(self.dict)
@@ -458,9 +461,10 @@ class FormsDict(MultiDict):
     """Form fields: `forms.name` is the value, or "" where there is none."""
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__") and name.endswith("__"):
+        if name[:2] == name[-2:] == "__":
             raise AttributeError(name)
-        return self.get(name, default="")
+        values = self.dict.get(name)
+        return values[-1] if values else ""
 
     def getunicode(self, name, default=None, encoding=None):
         """Bottle's name for get: everything here is text already."""
@@ -515,12 +519,12 @@ class HeaderDict(MultiDict):
 
 
 def header_property(name: str, read: Callable = str, default: Any = "",
-                    write: Callable = str) -> property:
+                    write: Callable = check_field_value) -> property:
     """An attribute that stands for a header in `self.headers`."""
     def get(self: Any) -> Any:
         value = self.headers.get(name)
         return default if value is None else read(value)
-    return property(get, lambda self, value: self.headers.__setitem__(name, write(value)))
+    return property(get, lambda self, value: self.headers.dict.__setitem__(name, [write(value)]))
 
 
 class WSGIHeaderDict(Mapping):
@@ -978,10 +982,10 @@ def parse_auth(header: str) -> Optional[Tuple[str, str]]:
 MAX_PART_HEAD_BYTES = 8192
 MAX_PART_HEADERS = 16
 BOUNDARY = r"[ -~]{0,69}[!-~]"  # RFC 2046 5.1.1: 1 to 70 characters
-PIECE_BYTES = 1 << 16
+PIECE_BYTES = 1 << 17
 
 
-def iter_multipart(buf: bytearray, boundary: str) -> Generator[Any, None, None]:
+def iter_multipart(buf: bytearray, boundary: str) -> Iterator[Any]:
     """Decode a form from `buf`: of each part its headers (a HeaderDict), then the pieces of its
     body; NEED_DATA between. What is before the first part and after the last means nothing.
     """
@@ -997,7 +1001,7 @@ def iter_multipart(buf: bytearray, boundary: str) -> Generator[Any, None, None]:
         yield from iter_until(buf, delimiter)
 
 
-def iter_until(buf: bytearray, delimiter: bytes) -> Decoder:
+def iter_until(buf: bytearray, delimiter: bytes) -> Iterator[Union[bytes, bytearray]]:
     """Take off `buf` all that is before `delimiter`, in pieces, then the delimiter itself."""
     keep = len(delimiter) - 1  # its first bytes may be here already
     while True:
@@ -1042,7 +1046,8 @@ def parse_part_head(head: bytes) -> HeaderDict:
         try:
             headers.append(name if colon else "", value.strip(" \t"))
         except ValueError:
-            raise BadRequest(f"{explain_field_line(line)} in line {line[:60]!a} of a part") from None
+            cause = explain_field_line(line)
+            raise BadRequest(f"{cause} in line {line[:60]!a} of a part") from None
     return headers
 
 
@@ -1216,7 +1221,7 @@ def unescape_cookie(match: Match) -> bytes:
 
 COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*")  # RFC 6265 4.1.1, without quotes
 COOKIE_ATTRIBUTE = r"[ -:<-~]*"
-COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "Expires",
+COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "expires",
                   "secure": "Secure", "httponly": "HttpOnly", "samesite": "SameSite",
                   "partitioned": "Partitioned"}
 COOKIE_ALIASES = {"maxage": "max_age", "same_site": "samesite"}
@@ -1577,8 +1582,9 @@ class Request:
     @property
     def body(self) -> BinaryIO:
         """The body as a seekable file, at its start."""
-        self._body.seek(0)
-        return self._body
+        body: BinaryIO = self._body
+        body.seek(0)
+        return body
 
     @kept
     def _body(self) -> Any:
@@ -1589,21 +1595,20 @@ class Request:
             return source
         limits = self._limits
         left = self.content_length
+        check_body_size(left, limits)
         if left < 0:
             left = limits.max_body + 1 if environ.get("wsgi.input_terminated") else 0
         copy: BinaryIO = io.BytesIO()
-        size = 0
         while left:
             piece = source.read(min(left, PIECE_BYTES))
             if not piece:
                 break
             left -= len(piece)
-            size += len(piece)
-            if size > limits.max_body:
-                raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
             copy = spool(copy, piece, limits.spool_threshold)
+        check_body_size(copy.tell(), limits)
         environ["wsgi.input"] = environ["minibottle.body"] = copy
-        environ.setdefault("minibottle.files", []).append(copy)
+        if type(copy) is not io.BytesIO:
+            environ.setdefault("minibottle.files", []).append(copy)
         return copy
 
     @property
@@ -1657,28 +1662,22 @@ class Request:
         """The fields of query and form."""
         return fields_of(chain(self.query.allitems(), self.forms.allitems()))
 
-    @property
+    @kept
     def json(self) -> Any:
         """The body of an application/json request; None for other types and an empty body.
 
         Raises HTTPError 400 where it is not JSON.
         """
-        if self._media_type in ("application/json", "application/json-rpc") and self.body.read(1):
-            return self._json
-        return None
+        if self._media_type not in ("application/json", "application/json-rpc"):
+            return None
+        data = self._read_body()
+        return parse_json_body(data) if data else None
 
     def read_json(self) -> Any:
         """The body as JSON, strictly: HTTPError 415 for another type, 400 for what is not JSON."""
         if not re.fullmatch(JSON_TYPE, self._media_type):
             raise HTTPError(415, f"Content-Type {self._media_type!r} is not JSON.")
-        return self._json
-
-    @kept
-    def _json(self) -> Any:
-        try:
-            return json_loads(self._read_body())
-        except ValueError as error:
-            raise HTTPError(400, f"Invalid JSON: {error}", error) from None
+        return parse_json_body(self._read_body())
 
     @property
     def _media_type(self) -> str:
@@ -1703,6 +1702,18 @@ class Request:
         if not found or not isinstance(found[4], dict):
             raise RuntimeError("This request is not connected to a route.")
         return found
+
+
+def check_body_size(size: int, limits: Settings) -> None:
+    if size > limits.max_body:
+        raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
+
+
+def parse_json_body(data: bytes) -> Any:
+    try:
+        return json_loads(data)
+    except ValueError as error:
+        raise HTTPError(400, f"Invalid JSON: {error}", error) from None
 
 
 DESCRIBING = ("QUERY_STRING", "CONTENT_TYPE", "CONTENT_LENGTH", "wsgi.input")
@@ -1748,11 +1759,11 @@ class Response:
         self._headers = HeaderDict()
         self._cookies: Dict[str, str] = {}
         self.status = status or self.default_status
-        pairs = headers or ()
-        if hasattr(headers, "items"):
-            pairs = getattr(headers, "allitems", headers.items)()
-        for name, value in pairs:
-            self._headers.append(name, value)
+        if headers:
+            if hasattr(headers, "items"):
+                headers = getattr(headers, "allitems", headers.items)()
+            for name, value in headers:
+                self._headers.append(name, value)
         for name, value in more_headers.items():
             self._headers.append(name, value)
 
@@ -1827,14 +1838,14 @@ class Response:
     @property
     def headerlist(self) -> List[Tuple[str, str]]:
         """[(name, value), …] as WSGI wants it, with the default content type and the cookies."""
-        pairs = list(self._headers.allitems())
+        pairs = [(name, value if value.isascii() else text_to_wsgi(value))
+                 for name, values in self._headers.dict.items() for value in values]
         if "Content-Type" not in self._headers.dict:
             pairs.append(("Content-Type", self.default_content_type))
         if self._status_code in self.bad_headers:
             bad = self.bad_headers[self._status_code]
             pairs = [(name, value) for name, value in pairs if name not in bad]
-        pairs += [("Set-Cookie", line) for line in self._cookies.values()]
-        return [(name, text_to_wsgi(value)) for name, value in pairs]
+        return pairs + [("Set-Cookie", line) for line in self._cookies.values()]
 
     content_type = header_property("Content-Type")
     content_length = header_property("Content-Length", int, -1)
@@ -1843,7 +1854,7 @@ class Response:
     @property
     def charset(self) -> str:
         """Of the content type; "UTF-8" where that names none."""
-        return parse_options(self.content_type)[1].get("charset") or "UTF-8"
+        return charset_of(self._headers.dict.get("Content-Type", [""])[-1])
 
     # -- cookies --
 
@@ -1890,6 +1901,11 @@ class Response:
         made: Response = (cls or Response)()
         made.merge(self)
         return made
+
+
+@lru_cache(maxsize=256)
+def charset_of(content_type: str) -> str:
+    return parse_options(content_type)[1].get("charset") or "UTF-8"
 
 
 OF_THE_BODY = frozenset((
@@ -1949,7 +1965,7 @@ class LocalResponse(Response):
 
 BaseRequest, BaseResponse = Request, Response  # Bottle's names
 response = LocalResponse()
-request = LocalRequest()  # where this file is imported, code outside a request may look at them, as Bottle's
+request = LocalRequest()  # code outside of requests may look at it where this file is imported
 
 
 def abort(code: int = 500, text: str = "Unknown Error.") -> NoReturn:
@@ -1963,8 +1979,8 @@ def auth_basic(check: Callable[[str, str], object], realm: str = "private",
     def decorator(callback: Callable) -> Callable:
         @wraps(callback)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            user, password = request.auth or (None, None)
-            if user is None or not check(user, password):
+            found: Any = request.auth
+            if not found or not check(*found):
                 return HTTPError(401, text, WWW_Authenticate=f'Basic realm="{realm}"')
             return callback(*args, **kwargs)
         return wrapper
@@ -2867,11 +2883,14 @@ class App:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
         token = CURRENT.set(environ)
         planned = environ.get("minibottle.route")
+        kind = HTML
         try:
             try:
                 out = self._handle(environ)
                 if type(out) is str and environ.get("minibottle.response") is None:
                     out = out.encode("utf-8")  # FAST: the most common first; _cast() agrees
+                elif type(out) is dict and environ.get("minibottle.response") is None:
+                    out, kind = json_dumps(out).encode("utf-8"), JSON
                 else:
                     out = self._cast(out)
             except Exception as error:  # what was returned cannot be sent
@@ -2879,7 +2898,7 @@ class App:
             answer = environ.get("minibottle.response")
             is_head = environ["REQUEST_METHOD"] == "HEAD"
             if answer is None:
-                status, headers, has_body = "200 OK", [HTML], True
+                status, headers, has_body = "200 OK", [kind], True
             else:
                 status, headers = answer.status_line, answer.headerlist
                 has_body = answer.status_code not in BODILESS
@@ -2907,6 +2926,7 @@ class App:
 Bottle = App
 NO_ARGS: dict = {}
 HTML = ("Content-Type", Response.default_content_type)
+JSON = ("Content-Type", "application/json")
 BODILESS = (100, 101, 204, 304)
 ERROR_PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title></head>
@@ -2966,13 +2986,16 @@ END: Any = object()
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
     def close() -> None:
-        for file in [*files]:
+        for file in files:
             file.close()
     if type(out) is bytes:
         close()
         return out
-    done = getattr(out, "close", do_nothing)
-    return ClosingIterator(iter(out).__next__, lambda: (done(), close()))
+
+    def close_both() -> None:
+        getattr(out, "close", do_nothing)()
+        close()
+    return ClosingIterator(iter(out).__next__, close_both)
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
