@@ -92,7 +92,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
-from functools import lru_cache, partial, partialmethod, update_wrapper, wraps
+from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain, repeat
@@ -113,6 +113,8 @@ __all__ = (
     "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
     "TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager JSONPlugin "
     "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
+    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError auth_basic "
+    "parse_auth cookie_encode cookie_decode cookie_is_encoded "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
     "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError "
     "TemplatePlugin html_escape html_quote http_date parse_date parse_range_header path_shift"
@@ -179,6 +181,10 @@ class ClientGone(ConnectionError):
     """The client has left in the middle of its request, or of the answer."""
 
 
+class CookieError(ValueError):
+    """A cookie, or an attribute of one, that no browser would keep."""
+
+
 class UsageError(Exception):
     """A command line or a setting is wrong: one line for the operator, exit status 2."""
 
@@ -203,6 +209,7 @@ SETTINGS = (
     ("spool_threshold", 512 << 10, "a request's body above it goes to a temporary file"),
     ("max_form_memory", 1 << 20, "form fields of a request, then 413"),
     ("max_fields", 1000, "form fields in a request, then 413"),
+    ("max_files", 100, "uploaded files in a form, then 413"),
     ("gzip", True, "compress what a client accepts compressed"),
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
@@ -367,12 +374,16 @@ def json_encoder(**options: Any) -> Callable[[object], str]:
     return json.JSONEncoder(**{"default": json_default, "allow_nan": False, **options}).encode
 
 
+@lru_cache(maxsize=None)
+def json_decoder() -> Callable[[str], Any]:
+    import json
+    return json.JSONDecoder(parse_constant=refuse_constant).decode
+
+
 def json_loads(text: Union[str, bytes]) -> Any:
     """JSON text, UTF-8 if bytes, -> the value. ValueError, also for NaN and endless nesting."""
-    import json
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text,
-                          parse_constant=refuse_constant)
+        return json_decoder()(text.decode("utf-8") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("JSON nested too deep") from None
 
@@ -389,6 +400,7 @@ TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")  # what no field value and no reason may hold
 
 
+@lru_cache(maxsize=256)
 def check_field_name(name: object) -> str:
     """A header name -> the same in Title-Case, "_" as "-". Raises ValueError."""
     if not isinstance(name, str) or not TOKEN.fullmatch(name):
@@ -402,7 +414,8 @@ def check_field_value(value: object) -> str:
         "" if value is None else value.decode("utf-8") if isinstance(value, bytes) else str(value))
     if CONTROL.search(text):
         raise ValueError(f"control character in header value {text!r}")
-    text.encode("utf-8")  # UnicodeEncodeError is a ValueError
+    if not text.isascii():
+        text.encode("utf-8")  # UnicodeEncodeError is a ValueError
     return text
 
 
@@ -411,8 +424,9 @@ class MultiDict(MutableMapping):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.dict: Dict[str, list] = {}
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
+        if args or kwargs:
+            for key, value in dict(*args, **kwargs).items():
+                self[key] = value
 
     def __len__(self) -> int:
         return len(self.dict)
@@ -458,15 +472,18 @@ class MultiDict(MutableMapping):
 
     getone = get
     getlist = getall
+    iterkeys, itervalues, iteritems = Mapping.keys, Mapping.values, Mapping.items
+    iterallitems = allitems
 
 
 class FormsDict(MultiDict):
     """Form fields: `forms.name` is the value, or "" where there is none."""
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__") and name.endswith("__"):
+        if name[:2] == name[-2:] == "__":
             raise AttributeError(name)
-        return self.get(name, default="")
+        values = self.dict.get(name)
+        return values[-1] if values else ""
 
     def getunicode(self, name, default=None, encoding=None):
         """Bottle's name for get: everything here is text already."""
@@ -474,10 +491,14 @@ class FormsDict(MultiDict):
 
     def decode(self, encoding=None):
         """Bottle's name for a copy: everything here is text already."""
-        copy = FormsDict()
-        for key, value in self.allitems():
-            copy.append(key, value)
-        return copy
+        return fields_of(self.allitems())
+
+
+def fields_of(pairs: Iterable[Tuple[str, Any]]) -> FormsDict:
+    fields = FormsDict()
+    for key, value in pairs:
+        fields.dict.setdefault(key, []).append(value)
+    return fields
 
 
 class HeaderDict(MultiDict):
@@ -514,6 +535,15 @@ class HeaderDict(MultiDict):
         """Remove these."""
         for name in names:
             self.dict.pop(check_field_name(name), None)
+
+
+def header_property(name: str, read: Callable = str, default: Any = "",
+                    write: Callable = check_field_value) -> property:
+    """An attribute that stands for a header in `self.headers`."""
+    def get(self: Any) -> Any:
+        value = self.headers.get(name)
+        return default if value is None else read(value)
+    return property(get, lambda self, value: self.headers.dict.__setitem__(name, [write(value)]))
 
 
 class WSGIHeaderDict(Mapping):
@@ -920,7 +950,8 @@ def format_error(error: BadRequest) -> Tuple[str, bytes]:
 
 
 # === 5. Forms and cookies =====================================================
-# Fields out of text, each in one pass over it. Wrong UTF-8 becomes U+FFFD.
+# Fields and files out of text and bytes, each in one pass; cookies in and out, signed ones too.
+# Text is UTF-8, whatever a part says of its charset; wrong bytes become U+FFFD.
 
 def parse_qsl(text: str, max_fields: int = 0) -> List[Tuple[str, str]]:
     """"a=1&b=x+y&c" -> [("a", "1"), ("b", "x y"), ("c", "")]. Only & separates.
@@ -929,14 +960,260 @@ def parse_qsl(text: str, max_fields: int = 0) -> List[Tuple[str, str]]:
     """
     if max_fields and text.count("&") >= max_fields:
         raise ContentTooLarge(f"over {max_fields} form fields (max_fields)")
-    pairs = (part.partition("=") for part in text.split("&") if part)
-    return [(unquote_field(name), unquote_field(value)) for name, _, value in pairs]
+    pairs = []
+    plain = "%" not in text and "+" not in text
+    for part in text.split("&"):
+        if part:
+            name, _, value = part.partition("=")
+            pairs.append((name, value) if plain else (unquote_field(name), unquote_field(value)))
+    return pairs
 
 
 def unquote_field(text: str) -> str:
     """"x+%C3%B6" -> "x ö"."""
     text = text.replace("+", " ")
     return unquote(text, "utf-8", "replace") if "%" in text else text
+
+
+def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
+    """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
+    options = {name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
+               for name, quoted, plain in re.findall(OPTION, header)}
+    return header.partition(";")[0].strip(" \t").lower(), options
+
+
+OPTION = r";[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"((?:[^\"\\]|\\.)*)\"|([^;\"]*))"
+
+
+def parse_auth(header: str) -> Optional[Tuple[str, str]]:
+    """"Basic QTpi" -> ("A", "b") (RFC 7617); None for what is anything else."""
+    from binascii import a2b_base64
+    scheme, _, data = header.strip().partition(" ")
+    try:
+        user, colon, password = a2b_base64(data).decode("utf-8").partition(":")
+    except ValueError:
+        return None
+    return (user, password) if colon and scheme.lower() == "basic" else None
+
+
+# -- multipart/form-data (RFC 7578, RFC 2046 5.1) --
+
+MAX_PART_HEAD_BYTES = 8192
+MAX_PART_HEADERS = 16
+BOUNDARY = r"[ -~]{0,69}[!-~]"  # RFC 2046 5.1.1: 1 to 70 characters
+PIECE_BYTES = 1 << 17
+
+
+def iter_multipart(buf: bytearray, boundary: str) -> Iterator[Any]:
+    """Decode a form from `buf`: of each part its headers (a HeaderDict), then the pieces of its
+    body; NEED_DATA between. What is before the first part and after the last means nothing.
+    """
+    buf[:0] = b"\r\n"  # the line end before a boundary belongs to it; the first may have none
+    delimiter = b"\r\n--" + boundary.encode("latin-1")
+    for _ in iter_until(buf, delimiter):
+        yield NEED_DATA
+    while True:
+        head = yield from take_part_head(buf)
+        if head is None:
+            return
+        yield parse_part_head(head)
+        yield from iter_until(buf, delimiter)
+
+
+def iter_until(buf: bytearray, delimiter: bytes) -> Iterator[Union[bytes, bytearray]]:
+    """Take off `buf` all that is before `delimiter`, in pieces, then the delimiter itself."""
+    keep = len(delimiter) - 1  # its first bytes may be here already
+    while True:
+        end = buf.find(delimiter)
+        piece = buf[:end] if end >= 0 else buf[:-keep]
+        del buf[:len(piece)]
+        if piece:
+            yield piece
+        if end >= 0:
+            del buf[:len(delimiter)]
+            return
+        yield NEED_DATA
+
+
+def take_part_head(buf: bytearray) -> Generator[bytes, None, Optional[bytes]]:
+    """Take the headers of a part off `buf`, with the line end before; None after the last part."""
+    while True:
+        end = buf.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
+        if end >= 0 or buf[:2] == b"--":
+            break
+        if len(buf) >= MAX_PART_HEAD_BYTES:
+            raise BadRequest(f"headers of a part over {MAX_PART_HEAD_BYTES} bytes")
+        yield NEED_DATA
+    if buf[:2] == b"--":
+        return None
+    head = bytes(buf[:end])
+    del buf[:end + 4]
+    return head
+
+
+def parse_part_head(head: bytes) -> HeaderDict:
+    """b'\\r\\nContent-Disposition: form-data; name="a"' -> HeaderDict. Raises BadRequest."""
+    text = re.sub(r"\r\n[ \t]+", " ", head.decode("utf-8", "replace"))  # folded, as RFC 2046 may
+    padding, *lines = text.split("\r\n")
+    if padding.strip(" \t"):
+        raise BadRequest(f"multipart boundary followed by {padding[:40]!a}")
+    if len(lines) > MAX_PART_HEADERS:
+        raise BadRequest(f"over {MAX_PART_HEADERS} headers in a part")
+    headers = HeaderDict()
+    for line in lines:
+        name, colon, value = line.partition(":")
+        try:
+            headers.append(name if colon else "", value.strip(" \t"))
+        except ValueError:
+            cause = explain_field_line(line)
+            raise BadRequest(f"{cause} in line {line[:60]!a} of a part") from None
+    return headers
+
+
+def datetime_of(text: str) -> Any:
+    """An HTTP date -> datetime, in UTC; None for what is none."""
+    from datetime import datetime, timezone
+    seconds = parse_date(text)
+    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def parse_length(text: str) -> int:
+    """"5" -> 5; -1 for what is no length."""
+    return int(text) if LENGTH.fullmatch(text) else -1
+
+
+class FileUpload:
+    """A file of a form: `.file` is open for reading and closed when the request ends."""
+
+    def __init__(self, file: Any, name: Optional[str], filename: Union[str, bytes, None],
+                 headers: Any = None) -> None:
+        self.file = file              # BytesIO or temporary file
+        self.name = name              # of the form's field
+        self.raw_filename = filename  # as the client sent it: never use it as a path
+        self.headers = headers if isinstance(headers, HeaderDict) else HeaderDict(headers or {})
+
+    content_type = header_property("Content-Type")
+    content_length = header_property("Content-Length", parse_length, -1)
+
+    def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
+        return self.headers.get(name, default)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _last_segment(self) -> str:
+        name = self.raw_filename or ""
+        name = name.decode("utf-8", "replace") if isinstance(name, bytes) else name
+        return name.replace("\\", "/").rpartition("/")[2]
+
+    @cached_property
+    def filename(self) -> str:
+        """The name in ASCII letters, digits, ".", "-" and "_": "../Ä b.txt" -> "A-b.txt"."""
+        from unicodedata import normalize
+        name = normalize("NFKD", self._last_segment()).encode("ascii", "ignore").decode("ascii")
+        name = re.sub(r"[^a-zA-Z0-9_.\s-]", "", name).strip()
+        return re.sub(r"[-\s]+", "-", name).strip(".-")[:255] or "empty"
+
+    @cached_property
+    def safe_filename(self) -> str:
+        """The name in any script, without what a file system minds: "../Ä b.txt" -> "Ä b.txt"."""
+        name = "".join(char for char in self._last_segment()
+                       if char.isprintable() and char not in '<>:"|?*').strip(". ")
+        if re.fullmatch(DEVICE_NAME, name, re.IGNORECASE):
+            name = "_" + name
+        return name.encode("utf-8")[:255].decode("utf-8", "ignore").strip(". ") or "empty"
+
+    def save(self, destination: Any, overwrite: bool = False, chunk_size: int = 1 << 16) -> None:
+        """Write it to a path, into a directory (as `filename`) or to an open file.
+
+        OSError where a file is there already, unless `overwrite`.
+        """
+        if hasattr(destination, "write"):
+            return self._copy_to(destination, chunk_size)
+        if os.path.isdir(destination):
+            destination = os.path.join(destination, self.filename)
+        with open(destination, "wb" if overwrite else "xb") as file:
+            self._copy_to(file, chunk_size)
+
+    def _copy_to(self, file: Any, chunk_size: int) -> None:
+        start = self.file.tell()
+        for piece in iter(partial(self.file.read, chunk_size), b""):
+            file.write(piece)
+        self.file.seek(start)
+
+
+DEVICE_NAME = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])[ .]*(\..*)?"  # files of Windows, anywhere
+
+
+def open_part(headers: HeaderDict) -> FileUpload:
+    """A part's headers -> its FileUpload, empty; raw_filename is "" for a field of text."""
+    kind, _, rest = headers.get("Content-Disposition", "").partition(";")
+    options = {name.lower(): plain or re.sub(r'\\"|%22', '"', quoted)  # browsers escape " alone
+               for name, quoted, plain in re.findall(OPTION, ";" + rest)}
+    if kind.strip(" \t").lower() not in ("form-data", "file") or "name" not in options:
+        raise BadRequest("a part without Content-Disposition: form-data and a name")
+    name = options.get("filename", "")
+    if "filename*" in options:  # RFC 8187: "UTF-8''%C3%84.txt"
+        name = unquote(options["filename*"].rpartition("'")[2], "utf-8", "replace")
+    return FileUpload(io.BytesIO(), options["name"], name, headers)
+
+
+def read_multipart(source: BinaryIO, boundary: str, limits: Settings,
+                   parts: List[FileUpload]) -> None:
+    """Read a form into `parts`; those that come after spool_threshold bytes are on disk.
+
+    Raises BadRequest and, for each of the limits, ContentTooLarge.
+    """
+    buf = bytearray()
+    text_left, memory_left, files = limits.max_form_memory, limits.spool_threshold, 0
+    part: Any = None
+    for event in iter_multipart(buf, boundary):
+        if event is NEED_DATA:
+            piece = source.read(PIECE_BYTES)
+            if not piece:
+                raise BadRequest("multipart body without its last boundary")
+            buf += piece
+        elif type(event) is HeaderDict:
+            if part and type(part.file) is io.BytesIO and part.raw_filename:
+                memory_left -= part.file.tell()
+            part = open_part(event)
+            parts.append(part)
+            files += bool(part.raw_filename)
+            if len(parts) > limits.max_fields:
+                raise ContentTooLarge(f"over {limits.max_fields} form fields (max_fields)")
+            if files > limits.max_files:
+                raise ContentTooLarge(f"over {limits.max_files} files in a form (max_files)")
+        elif part.raw_filename:
+            part.file = spool(part.file, event, memory_left)
+        else:
+            text_left -= len(event)
+            if text_left < 0:
+                limit = limits.max_form_memory
+                raise ContentTooLarge(f"form fields over {limit} bytes (max_form_memory)")
+            part.file.write(event)
+
+
+def value_of_part(part: FileUpload) -> Union[str, FileUpload]:
+    """The text of a field; a file as it is, rewound."""
+    part.file.seek(0)
+    return part if part.raw_filename else part.file.read().decode("utf-8", "replace")
+
+
+def spool(file: BinaryIO, piece: bytes, threshold: int) -> BinaryIO:
+    """Write `piece` to `file`, which becomes a temporary one above `threshold` bytes; return it."""
+    if type(file) is io.BytesIO and file.tell() + len(piece) > threshold:
+        import tempfile
+        memory, file = file, tempfile.TemporaryFile()
+        file.write(memory.getvalue())
+    file.write(piece)
+    return file
+
+
+# -- cookies (RFC 6265) --
+
+def text_of_query(value: str) -> str:
+    """Raw bytes above ASCII in a query or cookie, which PEP 3333 carries as latin-1 -> text."""
+    return value if value.isascii() else value.encode("latin-1").decode("utf-8", "replace")
 
 
 def parse_cookies(header: str) -> List[Tuple[str, str]]:
@@ -961,14 +1238,114 @@ def unescape_cookie(match: Match) -> bytes:
     return bytes((int(match[1], 8),)) if match[1] else match[2]
 
 
-def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
-    """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
-    options = {name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
-               for name, quoted, plain in re.findall(OPTION, header)}
-    return header.partition(";")[0].strip(" \t").lower(), options
+COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*")  # RFC 6265 4.1.1, without quotes
+COOKIE_ATTRIBUTE = r"[ -:<-~]*"
+COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "expires",
+                  "secure": "Secure", "httponly": "HttpOnly", "samesite": "SameSite",
+                  "partitioned": "Partitioned"}
+COOKIE_ALIASES = {"maxage": "max_age", "same_site": "samesite"}
+MAX_COOKIE_CHARS = 3800  # browsers drop one over 4,096 with its attributes
 
 
-OPTION = r";[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)=(?:\"((?:[^\"\\]|\\.)*)\"|([^;\"]*))"
+def format_cookie(name: str, value: str, options: Dict[str, object]) -> str:
+    """("a", "x", {"path": "/"}) -> "a=x; Path=/". `options` as parse_cookie_options gives them."""
+    if not TOKEN.fullmatch(name):
+        raise CookieError(f"bad cookie name {name!r}")
+    if not isinstance(value, str):
+        raise TypeError(f"the value of cookie {name} must be str, not {type(value).__name__}")
+    if len(name) + len(value) > MAX_COOKIE_CHARS:
+        raise CookieError(f"cookie {name} is over {MAX_COOKIE_CHARS} characters")
+    if CONTROL.search(value):
+        raise CookieError(f"control character in cookie {name}: {value!r}")
+    parts = [f"{name}={value if COOKIE_VALUE.fullmatch(value) else quote_cookie(value)}"]
+    for key, setting in options.items():
+        if key in ("secure", "httponly", "partitioned"):
+            parts += [COOKIE_OPTIONS[key]] if setting else []
+        elif setting is not None or key == "samesite":
+            parts.append(f"{COOKIE_OPTIONS[key]}={format_cookie_option(key, setting)}")
+    if "SameSite=None" in parts and "Secure" not in parts:
+        raise CookieError(f"cookie {name}: samesite none needs secure, or browsers drop it")
+    return "; ".join(parts)
+
+
+def parse_cookie_options(given: Dict[str, object]) -> Dict[str, object]:
+    """{"Max-Age": 5} -> {"max_age": 5}."""
+    options: Dict[str, object] = {}
+    for name, value in given.items():
+        key = name.lower().replace("-", "_")
+        key = COOKIE_ALIASES.get(key, key)
+        if key not in COOKIE_OPTIONS or key in options:
+            raise CookieError(f"unknown or repeated cookie option {name!r}")
+        options[key] = value
+    return options
+
+
+def format_cookie_option(key: str, value: Any) -> str:
+    if key == "max_age":
+        seconds = float(value.total_seconds() if hasattr(value, "total_seconds") else value)
+        if not abs(seconds) < 1 << 40:
+            raise CookieError(f"bad cookie max_age {value!r}")
+        value = int(seconds)
+    elif key == "expires":
+        value = http_date(value)
+    elif key == "samesite":
+        value = str(value).capitalize()
+        if value not in ("Lax", "Strict", "None"):
+            raise CookieError(f"samesite is lax, strict or none, not {value!r}")
+    if not re.fullmatch(COOKIE_ATTRIBUTE, str(value)):
+        raise CookieError(f"bad character in cookie {key} {value!r}")
+    return str(value)
+
+
+def quote_cookie(value: str) -> str:
+    """'a "ö"' -> '"a \\\\"\\\\303\\\\266\\\\""', as http.cookies does."""
+    quoted = "".join(char if char == " " or COOKIE_VALUE.fullmatch(char) else
+                     "\\" + char if char in '"\\' else
+                     "".join(f"\\{byte:03o}" for byte in char.encode("utf-8")) for char in value)
+    return f'"{quoted}"'
+
+
+# A signed cookie is "!", an HMAC-SHA256, "?" and what was signed: [name, value, the second it was
+# set], as JSON. So it counts under its own name alone; an age can be asked for when it is read.
+
+SIGNED_COOKIE = r"!([A-Za-z0-9_-]{43}=)\?([A-Za-z0-9_=-]*)"
+SIGNED_DEFAULTS = {"path": "/", "httponly": True, "samesite": "lax"}
+
+
+def cookie_encode(data: object, key: Any) -> str:
+    """What has a JSON form -> "!signature?data". `key` is str or bytes, or a list: the first."""
+    from base64 import urlsafe_b64encode
+    text = urlsafe_b64encode(json_dumps(data).encode("utf-8")).decode("ascii")
+    return f"!{sign(text, keys_of(key)[0])}?{text}"
+
+
+def cookie_decode(data: str, key: Any) -> Any:
+    """"!signature?data" -> what was encoded with `key`, or with one of them; None if it was not."""
+    from base64 import urlsafe_b64decode
+    from hmac import compare_digest
+    keys, match = keys_of(key), re.fullmatch(SIGNED_COOKIE, data)
+    if match and any([compare_digest(sign(match[2], one), match[1]) for one in keys]):
+        return json_loads(urlsafe_b64decode(match[2]))
+    return None
+
+
+def cookie_is_encoded(data: str) -> bool:
+    return re.fullmatch(SIGNED_COOKIE, data) is not None
+
+
+def keys_of(key: Any) -> List[bytes]:
+    """"a" -> [b"a"], ["a", b"b"] -> [b"a", b"b"]. ValueError where one is empty."""
+    keys = [one.encode("utf-8") if isinstance(one, str) else bytes(one)
+            for one in (key if isinstance(key, (list, tuple)) else [key])]
+    if not keys or not all(keys):
+        raise ValueError("the secret of a signed cookie is empty")
+    return keys
+
+
+def sign(text: str, key: bytes) -> str:
+    import hmac
+    from base64 import urlsafe_b64encode
+    return urlsafe_b64encode(hmac.new(key, text.encode("ascii"), "sha256").digest()).decode("ascii")
 
 
 # === 6. Request and Response ==================================================
@@ -1003,6 +1380,27 @@ class EmptyInput:
 EMPTY_INPUT = EmptyInput()
 
 
+class kept(property):
+    """A property worked out once a request, and kept in its environ."""
+
+    def __init__(self, make: Callable) -> None:
+        super().__init__(make, doc=make.__doc__)
+        self.make = make
+        self.key = "minibottle.request." + make.__name__
+
+    def __get__(self, request: Any, kind: Optional[type] = None) -> Any:
+        if request is None:
+            return self
+        environ = request.environ
+        if self.key in environ:
+            return environ[self.key]
+        try:
+            value = environ[self.key] = self.make(request)
+        except BadRequest as error:  # 400 or 413
+            raise HTTPError(error.status, str(error), error) from error
+        return value
+
+
 class Request:
     """One request: `request.path`, `.query`, `.headers`, `.json`, … read from `request.environ`.
 
@@ -1011,6 +1409,7 @@ class Request:
 
     __slots__ = ("environ",)
     environ: Dict[str, Any]
+    MEMFILE_MAX = DEFAULTS.max_form_memory  # Bottle's: another value beats the two settings
 
     def __init__(self, environ: Optional[dict] = None) -> None:
         object.__setattr__(self, "environ", {} if environ is None else environ)
@@ -1047,14 +1446,34 @@ class Request:
         """A value of the environ."""
         return self.environ.get(key, default)
 
-    def _once(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, worked out once a request."""
-        key = "minibottle.request." + key
-        try:
-            return self.environ[key]
-        except KeyError:
-            value = self.environ[key] = make()
-            return value
+    def keys(self) -> Iterable[str]:
+        return self.environ.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.environ)
+
+    def __len__(self) -> int:
+        return len(self.environ)
+
+    def __setitem__(self, key: str, value: object) -> None:
+        """Change the environ, and forget what was worked out from what was there."""
+        self.environ[key] = value
+        if key in DESCRIBING or key[:5] == "HTTP_":
+            for name in [name for name in self.environ if name.startswith("minibottle.request.")]:
+                del self.environ[name]
+
+    def __delitem__(self, key: str) -> None:
+        self[key] = ""
+        del self.environ[key]
+
+    def copy(self) -> "Request":
+        """A request of its own over a copy of the environ, not a deep one."""
+        return Request(self.environ.copy())
+
+    def path_shift(self, shift: int = 1) -> None:
+        """Move segments from `path` to `script_name`; back, if negative."""
+        self["SCRIPT_NAME"], self["PATH_INFO"] = path_shift(
+            self.environ.get("SCRIPT_NAME", "/"), self.path, shift)
 
     # -- the request line --
 
@@ -1102,11 +1521,10 @@ class Request:
     def url(self) -> str:
         return self.urlparts.geturl()
 
-    @property
+    @kept
     def query(self) -> FormsDict:
         """The fields of the query string."""
-        return self._once("query", lambda: fields_of(parse_qsl(
-            text_of_query(self.query_string))))
+        return fields_of(parse_qsl(text_of_query(self.query_string)))
 
     GET = query
 
@@ -1115,23 +1533,48 @@ class Request:
         """The address of the peer of the connection; None where it has none."""
         return self.environ.get("REMOTE_ADDR") or None
 
-    # -- headers --
+    @property
+    def remote_route(self) -> List[str]:
+        """[remote_addr]: whom X-Forwarded-For names, anybody may have written."""
+        return [self.remote_addr] if self.remote_addr else []
 
     @property
+    def auth(self) -> Optional[Tuple[str, Optional[str]]]:
+        """(user, password) of Basic authentication, (REMOTE_USER, None) of a server's, or None."""
+        user = self.environ.get("REMOTE_USER")
+        return parse_auth(self.environ.get("HTTP_AUTHORIZATION", "")) or (
+            (user, None) if user else None)
+
+    # -- headers --
+
+    @kept
     def headers(self) -> WSGIHeaderDict:
-        return self._once("headers", lambda: WSGIHeaderDict(self.environ))
+        return WSGIHeaderDict(self.environ)
 
     def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
         return self.headers.get(name, default)
 
-    @property
+    @kept
     def cookies(self) -> FormsDict:
         """Name to value; the first of a name counts, as the most specific path comes first."""
-        return self._once("cookies", lambda: fields_of(reversed(parse_cookies(
-            text_of_query(self.environ.get("HTTP_COOKIE", ""))))))
+        return fields_of(reversed(parse_cookies(
+            text_of_query(self.environ.get("HTTP_COOKIE", "")))))
 
-    def get_cookie(self, key: str, default: Optional[str] = None) -> Optional[str]:
-        return self.cookies.get(key) or default
+    def get_cookie(self, key: str, default: Any = None, secret: Any = None, *,
+                   max_age: Optional[float] = None) -> Any:
+        """The value of a cookie, `default` where there is none.
+
+        With `secret`, or a list of them: what set_cookie signed with one of them, at most
+        `max_age` seconds ago; `default` where the cookie is any other.
+        """
+        value = self.cookies.get(key) or ""
+        if secret is None:
+            return value or default
+        response_of(self.environ).add_header("Vary", "Cookie")  # no cache may mix up two users
+        signed = cookie_decode(value, secret)
+        if not isinstance(signed, list) or len(signed) != 3 or signed[0] != key:
+            return default
+        return signed[1] if max_age is None or time.time() - signed[2] <= max_age else default
 
     @property
     def content_type(self) -> str:
@@ -1140,8 +1583,12 @@ class Request:
     @property
     def content_length(self) -> int:
         """-1 where it is not known."""
-        length = self.environ.get("CONTENT_LENGTH") or ""
-        return int(length) if LENGTH.fullmatch(length) else -1
+        return parse_length(self.environ.get("CONTENT_LENGTH") or "")
+
+    @property
+    def chunked(self) -> bool:
+        """Whether it came in chunks; who reads the body sees none of them."""
+        return "chunked" in self.environ.get("HTTP_TRANSFER_ENCODING", "").lower()
 
     @property
     def is_xhr(self) -> bool:
@@ -1154,88 +1601,106 @@ class Request:
     @property
     def body(self) -> BinaryIO:
         """The body as a seekable file, at its start."""
-        body: BinaryIO = self._once("body", self._collect_body)
+        body: BinaryIO = self._body
         body.seek(0)
         return body
 
-    def _collect_body(self) -> object:
+    @kept
+    def _body(self) -> Any:
         """wsgi.input itself where it is seekable (our server), else a copy of it."""
-        source = self.environ.get("wsgi.input", EMPTY_INPUT)
-        if source is self.environ.get("minibottle.body"):
+        environ = self.environ
+        source = environ.get("wsgi.input", EMPTY_INPUT)
+        if source is environ.get("minibottle.body"):
             return source
-        limits = self.environ.get("minibottle.settings", DEFAULTS)
+        limits = self._limits
         left = self.content_length
+        check_body_size(left, limits)
         if left < 0:
-            left = limits.max_body + 1 if self.environ.get("wsgi.input_terminated") else 0
+            left = limits.max_body + 1 if environ.get("wsgi.input_terminated") else 0
         copy: BinaryIO = io.BytesIO()
-        size = 0
         while left:
-            piece = source.read(min(left, 1 << 16))
+            piece = source.read(min(left, PIECE_BYTES))
             if not piece:
                 break
             left -= len(piece)
-            size += len(piece)
-            if size > limits.max_body:
-                raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
             copy = spool(copy, piece, limits.spool_threshold)
-        self.environ["wsgi.input"] = self.environ["minibottle.copy"] = copy
+        check_body_size(copy.tell(), limits)
+        environ["wsgi.input"] = environ["minibottle.body"] = copy
+        if type(copy) is not io.BytesIO:
+            environ.setdefault("minibottle.files", []).append(copy)
         return copy
 
-    def _read_body(self, limit: int) -> bytes:
-        """The whole body in memory. Raises ContentTooLarge over `limit` bytes."""
+    @property
+    def _limits(self) -> Settings:
+        limits = self.environ.get("minibottle.settings", DEFAULTS)
+        if self.MEMFILE_MAX != DEFAULTS.max_form_memory:
+            from copy import copy
+            limits = copy(limits)
+            limits.max_form_memory = limits.spool_threshold = self.MEMFILE_MAX
+        return limits
+
+    def _read_body(self) -> bytes:
+        """The whole body in memory."""
+        limit = self._limits.max_form_memory
         data = self.body.read(limit + 1)
         if len(data) > limit:
             raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
         return data
 
-    @property
+    @kept
+    def POST(self) -> FormsDict:
+        """The fields and files of a form in the body, url-encoded or multipart."""
+        if not self.content_type.startswith("multipart/"):
+            text = self._read_body().decode("utf-8", "replace")
+            return fields_of(parse_qsl(text, self._limits.max_fields))
+        kind, options = parse_options(self.environ["CONTENT_TYPE"])
+        boundary = options.get("boundary", "")
+        if kind != "multipart/form-data" or not re.fullmatch(BOUNDARY, boundary):
+            raise BadRequest("not multipart/form-data with a boundary of 1 to 70 characters")
+        parts: List[FileUpload] = []
+        try:
+            read_multipart(self.body, boundary, self._limits, parts)
+        finally:
+            self.environ.setdefault("minibottle.files", []).extend(parts)
+        return fields_of((part.name or "", value_of_part(part)) for part in parts)
+
+    @kept
     def forms(self) -> FormsDict:
-        """The fields of a form in the body, url-encoded."""
-        return self._once("forms", self._parse_forms)
+        """The fields of a form in the body: text."""
+        if not self.content_type.startswith("multipart/"):
+            return self.POST
+        return fields_of(pair for pair in self.POST.allitems() if isinstance(pair[1], str))
 
-    POST = forms
+    @kept
+    def files(self) -> FormsDict:
+        """The files of a form in the body: each a FileUpload."""
+        return fields_of(pair for pair in self.POST.allitems() if isinstance(pair[1], FileUpload))
 
-    def _parse_forms(self) -> FormsDict:
-        limits = self.environ.get("minibottle.settings", DEFAULTS)
-        if self.content_type.startswith("multipart/"):
-            return FormsDict()
-        text = self._read_body(limits.max_form_memory).decode("utf-8", "replace")
-        return fields_of(parse_qsl(text, limits.max_fields))
-
-    @property
+    @kept
     def params(self) -> FormsDict:
         """The fields of query and form."""
-        def both() -> FormsDict:
-            params = self.query.decode()
-            for key, value in self.forms.allitems():
-                params.append(key, value)
-            return params
-        return self._once("params", both)
+        return fields_of(chain(self.query.allitems(), self.forms.allitems()))
 
-    @property
-    def json(self) -> object:
+    @kept
+    def json(self) -> Any:
         """The body of an application/json request; None for other types and an empty body.
 
         Raises HTTPError 400 where it is not JSON.
         """
-        kind = self.content_type.partition(";")[0].strip(" \t")
-        if kind not in ("application/json", "application/json-rpc") or not self.body.read(1):
+        if self._media_type not in ("application/json", "application/json-rpc"):
             return None
-        return self.read_json()
+        data = self._read_body()
+        return parse_json_body(data) if data else None
 
-    def read_json(self) -> object:
+    def read_json(self) -> Any:
         """The body as JSON, strictly: HTTPError 415 for another type, 400 for what is not JSON."""
-        kind = self.content_type.partition(";")[0].strip(" \t")
-        if not re.fullmatch(JSON_TYPE, kind):
-            raise HTTPError(415, f"Content-Type {kind!r} is not JSON.")
-        return self._once("json", self._parse_json)
+        if not re.fullmatch(JSON_TYPE, self._media_type):
+            raise HTTPError(415, f"Content-Type {self._media_type!r} is not JSON.")
+        return parse_json_body(self._read_body())
 
-    def _parse_json(self) -> object:
-        limits = self.environ.get("minibottle.settings", DEFAULTS)
-        try:
-            return json_loads(self._read_body(limits.max_form_memory))
-        except ValueError as error:
-            raise HTTPError(400, f"Invalid JSON: {error}", error) from None
+    @property
+    def _media_type(self) -> str:
+        return self.content_type.partition(";")[0].strip(" \t")
 
     # -- where it was routed --
 
@@ -1258,29 +1723,20 @@ class Request:
         return found
 
 
+def check_body_size(size: int, limits: Settings) -> None:
+    if size > limits.max_body:
+        raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
+
+
+def parse_json_body(data: bytes) -> Any:
+    try:
+        return json_loads(data)
+    except ValueError as error:
+        raise HTTPError(400, f"Invalid JSON: {error}", error) from None
+
+
+DESCRIBING = ("QUERY_STRING", "CONTENT_TYPE", "CONTENT_LENGTH", "wsgi.input")
 JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
-
-
-def text_of_query(value: str) -> str:
-    """Raw bytes above ASCII in a query or cookie, which PEP 3333 carries as latin-1 -> text."""
-    return value if value.isascii() else value.encode("latin-1").decode("utf-8", "replace")
-
-
-def fields_of(pairs: Iterable[Tuple[str, str]]) -> FormsDict:
-    fields = FormsDict()
-    for key, value in pairs:
-        fields.append(key, value)
-    return fields
-
-
-def spool(file: BinaryIO, piece: bytes, threshold: int) -> BinaryIO:
-    """Write `piece` to `file`, which becomes a temporary one above `threshold` bytes; return it."""
-    if type(file) is io.BytesIO and file.tell() + len(piece) > threshold:
-        import tempfile
-        memory, file = file, tempfile.TemporaryFile()
-        file.write(memory.getvalue())
-    file.write(piece)
-    return file
 
 
 class LocalRequest(Request):
@@ -1288,13 +1744,11 @@ class LocalRequest(Request):
 
     __slots__ = ()
 
-    def __init__(self, environ: Optional[dict] = None) -> None:
-        if environ is not None:
-            CURRENT.set(environ)
-
     def bind(self, environ: Optional[dict] = None) -> None:
         """Make `environ` the one of this context."""
         CURRENT.set({} if environ is None else environ)
+
+    __init__ = bind
 
     @property
     def environ(self) -> Dict[str, Any]:  # type: ignore[override]
@@ -1324,11 +1778,11 @@ class Response:
         self._headers = HeaderDict()
         self._cookies: Dict[str, str] = {}
         self.status = status or self.default_status
-        pairs = headers or ()
-        if hasattr(headers, "items"):
-            pairs = getattr(headers, "allitems", headers.items)()
-        for name, value in pairs:
-            self._headers.append(name, value)
+        if headers:
+            if hasattr(headers, "items"):
+                headers = getattr(headers, "allitems", headers.items)()
+            for name, value in headers:
+                self._headers.append(name, value)
         for name, value in more_headers.items():
             self._headers.append(name, value)
 
@@ -1403,49 +1857,44 @@ class Response:
     @property
     def headerlist(self) -> List[Tuple[str, str]]:
         """[(name, value), …] as WSGI wants it, with the default content type and the cookies."""
-        pairs = list(self._headers.allitems())
+        pairs = [(name, value if value.isascii() else text_to_wsgi(value))
+                 for name, values in self._headers.dict.items() for value in values]
         if "Content-Type" not in self._headers.dict:
             pairs.append(("Content-Type", self.default_content_type))
         if self._status_code in self.bad_headers:
             bad = self.bad_headers[self._status_code]
             pairs = [(name, value) for name, value in pairs if name not in bad]
-        pairs += [("Set-Cookie", line) for line in self._cookies.values()]
-        return [(name, text_to_wsgi(value)) for name, value in pairs]
+        return pairs + [("Set-Cookie", line) for line in self._cookies.values()]
 
-    @property
-    def content_type(self) -> str:
-        return self._headers.get("Content-Type", "")
-
-    @content_type.setter
-    def content_type(self, value: str) -> None:
-        self._headers["Content-Type"] = value
-
-    @property
-    def content_length(self) -> int:
-        """-1 where none is set."""
-        return int(self._headers.dict.get("Content-Length", [-1])[-1])
-
-    @content_length.setter
-    def content_length(self, value: int) -> None:
-        self._headers["Content-Length"] = value
+    content_type = header_property("Content-Type")
+    content_length = header_property("Content-Length", int, -1)
+    expires = header_property("Expires", datetime_of, None, http_date)
 
     @property
     def charset(self) -> str:
         """Of the content type; "UTF-8" where that names none."""
-        return parse_options(self.content_type)[1].get("charset") or "UTF-8"
+        return charset_of(self._headers.dict.get("Content-Type", [""])[-1])
 
     # -- cookies --
 
-    def set_cookie(self, name: str, value: str, **options: object) -> None:
+    def set_cookie(self, name: str, value: Any, secret: Any = None, **options: object) -> None:
         """Set a cookie (RFC 6265 4.1) with max_age (seconds or timedelta), expires (date), domain,
         path, secure, httponly, samesite ("lax", "strict", "none"), partitioned.
 
-        Raises ValueError for characters that have no place there, TypeError for a value not str.
+        With `secret`, or a list of them (the first counts), `value` is anything that has a JSON
+        form, signed: who has the cookie can read it, but not change it. It is for all paths,
+        HttpOnly and SameSite=Lax, if `options` do not say otherwise.
+        Raises CookieError for characters that have no place there, TypeError for a value not str.
         """
+        options = parse_cookie_options(options)
+        if secret is not None:
+            options = {**SIGNED_DEFAULTS, **options}
+            value = cookie_encode([name, value, int(time.time())], secret)
+            self.add_header("Vary", "Cookie")
         self._cookies[name] = format_cookie(name, value, options)
 
-    def delete_cookie(self, name: str, **options: object) -> None:
-        """Make the browser drop it; give the path and domain that it was set with."""
+    def delete_cookie(self, name: str, **options: Any) -> None:
+        """Make the browser drop it; give the path, domain and secret that it was set with."""
         options.update(max_age=-1, expires=0)
         self.set_cookie(name, "", **options)
 
@@ -1462,8 +1911,20 @@ class Response:
                     del self._headers[name]
         self.status = other.status_line
         for name, values in other._headers.dict.items():
-            self._headers.dict[name] = list(values)
+            kept = self._headers.getall(name) if name == "Vary" else []
+            self._headers.dict[name] = kept + values
         self._cookies.update(other._cookies)
+
+    def copy(self, cls: Optional[type] = None) -> "Response":
+        """Status, headers and cookies, without the body."""
+        made: Response = (cls or Response)()
+        made.merge(self)
+        return made
+
+
+@lru_cache(maxsize=256)
+def charset_of(content_type: str) -> str:
+    return parse_options(content_type)[1].get("charset") or "UTF-8"
 
 
 OF_THE_BODY = frozenset((
@@ -1471,69 +1932,6 @@ OF_THE_BODY = frozenset((
     "Content-Range", "Content-Disposition", "Content-Md5", "Digest", "Etag", "Last-Modified",
     "Accept-Ranges"))
 STATUS_LINE = r"[1-9][0-9][0-9] [ -~]+"
-COOKIE_VALUE = re.compile(r"[!#-+\--:<-\[\]-~]*")  # RFC 6265 4.1.1, without quotes
-COOKIE_ATTRIBUTE = r"[ -:<-~]*"
-COOKIE_OPTIONS = {"domain": "Domain", "path": "Path", "max_age": "Max-Age", "expires": "Expires",
-                  "secure": "Secure", "httponly": "HttpOnly", "samesite": "SameSite",
-                  "partitioned": "Partitioned"}
-COOKIE_ALIASES = {"maxage": "max_age", "same_site": "samesite"}
-MAX_COOKIE_CHARS = 3800  # browsers drop one over 4,096 with its attributes
-
-
-def format_cookie(name: str, value: str, options: Dict[str, object]) -> str:
-    """("a", "x", {"path": "/"}) -> "a=x; Path=/"."""
-    if not TOKEN.fullmatch(name):
-        raise ValueError(f"bad cookie name {name!r}")
-    if not isinstance(value, str):
-        raise TypeError(f"the value of cookie {name} must be str, not {type(value).__name__}")
-    if len(name) + len(value) > MAX_COOKIE_CHARS:
-        raise ValueError(f"cookie {name} is over {MAX_COOKIE_CHARS} characters")
-    if CONTROL.search(value):
-        raise ValueError(f"control character in cookie {name}: {value!r}")
-    parts = [f"{name}={value if COOKIE_VALUE.fullmatch(value) else quote_cookie(value)}"]
-    seen: Set[str] = set()
-    for key, setting in options.items():
-        key = key.lower().replace("-", "_")
-        key = COOKIE_ALIASES.get(key, key)
-        if key not in COOKIE_OPTIONS or key in seen:
-            raise ValueError(f"unknown or repeated cookie option {key!r}")
-        seen.add(key)
-        if key in ("secure", "httponly", "partitioned"):
-            if setting:
-                parts.append(COOKIE_OPTIONS[key])
-        elif setting is not None or key == "samesite":
-            parts.append(f"{COOKIE_OPTIONS[key]}={format_cookie_option(key, setting)}")
-    lower = [part.lower() for part in parts]
-    if "samesite=none" in lower and "secure" not in lower:
-        raise ValueError(f"cookie {name}: samesite none needs secure, or browsers drop it")
-    return "; ".join(parts)
-
-
-def format_cookie_option(key: str, value: Any) -> str:
-    if key == "max_age":
-        seconds = float(value.total_seconds() if hasattr(value, "total_seconds") else value)
-        if not abs(seconds) < 1 << 40:
-            raise ValueError(f"bad cookie max_age {value!r}")
-        value = int(seconds)
-    elif key == "expires":
-        value = http_date(value)
-    elif key == "samesite":
-        value = str(value).capitalize()
-        if value not in ("Lax", "Strict", "None"):
-            raise ValueError(f"samesite is lax, strict or none, not {value!r}")
-    if not re.fullmatch(COOKIE_ATTRIBUTE, str(value)):
-        raise ValueError(f"bad character in cookie {key} {value!r}")
-    return str(value)
-
-
-def quote_cookie(value: str) -> str:
-    """'a "ö"' -> '"a \\\\"\\\\303\\\\266\\\\""', as http.cookies does."""
-    quoted = "".join(char if char == " " or COOKIE_VALUE.fullmatch(char) else
-                     "\\" + char if char in '"\\' else
-                     "".join(f"\\{byte:03o}" for byte in char.encode("utf-8")) for char in value)
-    return f'"{quoted}"'
-
-
 class HTTPResponse(Response, BottleException):
     """A Response to return or to raise."""
 
@@ -1571,6 +1969,12 @@ class LocalResponse(Response):
     def __init__(self) -> None:
         pass
 
+    def bind(self, *args: Any, **kwargs: Any) -> None:
+        """A new one: Response(*args, **kwargs)."""
+        if CURRENT.get(None) is None:
+            CURRENT.set({})
+        request.environ["minibottle.response"] = Response(*args, **kwargs)
+
     _status_code = forwarded("_status_code")
     _status_line = forwarded("_status_line")
     _headers = forwarded("_headers")
@@ -1578,14 +1982,28 @@ class LocalResponse(Response):
     body = forwarded("body")
 
 
-request = LocalRequest()
+BaseRequest, BaseResponse = Request, Response  # Bottle's names
 response = LocalResponse()
-CURRENT.set({})  # where this file is imported, code outside a request may look at them, as Bottle's
+request = LocalRequest()  # code outside of requests may look at it where this file is imported
 
 
 def abort(code: int = 500, text: str = "Unknown Error.") -> NoReturn:
     """End the request with an error."""
     raise HTTPError(code, text)
+
+
+def auth_basic(check: Callable[[str, str], object], realm: str = "private",
+               text: str = "Access denied") -> Callable[[Callable], Callable]:
+    """A decorator: 401 where `check(user, password)` is false (RFC 7617)."""
+    def decorator(callback: Callable) -> Callable:
+        @wraps(callback)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            found: Any = request.auth
+            if not found or not check(*found):
+                return HTTPError(401, text, WWW_Authenticate=f'Basic realm="{realm}"')
+            return callback(*args, **kwargs)
+        return wrapper
+    return decorator
 
 
 def redirect(url: str, code: Optional[int] = None, *, request: Request = request) -> NoReturn:
@@ -3367,11 +3785,14 @@ class App:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
         token = CURRENT.set(environ)
         planned = environ.get("minibottle.route")
+        kind = HTML
         try:
             try:
                 out = self._handle(environ)
                 if type(out) is str and environ.get("minibottle.response") is None:
                     out = out.encode("utf-8")  # FAST: the most common first; _cast() agrees
+                elif type(out) is dict and environ.get("minibottle.response") is None:
+                    out, kind = json_dumps(out).encode("utf-8"), JSON
                 else:
                     out = self._cast(out)
             except Exception as error:  # what was returned cannot be sent
@@ -3379,12 +3800,12 @@ class App:
             answer = environ.get("minibottle.response")
             is_head = environ["REQUEST_METHOD"] == "HEAD"
             if answer is None:
-                status, headers, has_body = "200 OK", [HTML], True
+                status, headers, has_body = "200 OK", [kind], True
             else:
                 status, headers = answer.status_line, answer.headerlist
                 has_body = answer.status_code not in BODILESS
-            if "minibottle.copy" in environ and "minibottle.above" not in environ:
-                out = closing_too(out, environ["minibottle.copy"])
+            if "minibottle.files" in environ and "minibottle.above" not in environ:
+                out = closing_too(out, environ["minibottle.files"])
             if type(out) is bytes:
                 # FAST: our server counts by itself, where nothing is between us and it
                 if (is_head or not planned or planned[0] is not self) and has_body and (
@@ -3425,6 +3846,7 @@ app = apps = default_app = AppStack()
 Bottle = App
 NO_ARGS: dict = {}
 HTML = ("Content-Type", Response.default_content_type)
+JSON = ("Content-Type", "application/json")
 BODILESS = (100, 101, 204, 304)
 ERROR_PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title></head>
@@ -3471,16 +3893,19 @@ def begin(out: Iterable) -> ClosingIterator:
 END: Any = object()
 
 
-def closing_too(out: Any, file: Any) -> Any:
-    """A body that closes `file` at its end; at once, if it is bytes."""
+def closing_too(out: Any, files: list) -> Any:
+    """A body that closes `files` at its end; at once, if it is bytes."""
+    def close() -> None:
+        for file in files:
+            file.close()
     if type(out) is bytes:
-        file.close()
+        close()
         return out
 
-    def close() -> None:
+    def close_both() -> None:
         getattr(out, "close", do_nothing)()
-        file.close()
-    return ClosingIterator(iter(out).__next__, close)
+        close()
+    return ClosingIterator(iter(out).__next__, close_both)
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
