@@ -2364,8 +2364,9 @@ class BottleRouterTest(UnitTest):
         router.add("/s", "GET", "static")
         router.add("/ö/<n:int>/<:re:[a-z]>", "POST", "wild", "named")
         router.add("/f/<x:float>", "GET", "float")
-        for path, method, expected in (("/s", "GET", ("static", {})), ("/s", "HEAD", ("static", {})),
-                                       ("/ö/5/a", "POST", ("wild", {"n": 5}))):
+        for path, method, expected in (
+                ("/s", "GET", ("static", {})), ("/s", "HEAD", ("static", {})),
+                ("/ö/5/a", "POST", ("wild", {"n": 5}))):
             found = router.match({"REQUEST_METHOD": method, "PATH_INFO": path})
             self.assertEqual(found, expected)
         for path, method, status in (("/t", "GET", 404), ("/s", "PUT", 405), ("/s", "OPTIONS", 204),
@@ -3193,7 +3194,8 @@ class ConfigTest(UnitTest):
         app.route("/off", callback=lambda: {}, json={"enable": False})
         self.assertEqual(ask(app).text, "own:{'a': 'ö'}")
         answer = ask(app, "/indent")
-        self.assertEqual((answer.text, answer.headers["Content-Type"]), ('[\n [\n  "ö"\n ]\n]', JSON))
+        self.assertEqual((answer.text, answer.headers["Content-Type"]),
+                         ('[\n [\n  "ö"\n ]\n]', JSON))
         with self.assertLogged():
             self.assertEqual(ask(app, "/off").status_code, 500)
         app = App(autojson=False)
@@ -3330,6 +3332,16 @@ class PluginTest(UnitTest):
         app.route("/", apply=Whole(), callback=lambda: "never")
         self.assertEqual((ask(app, "/5").text, ask(app, "/5", "POST").text, ask(app).text),
                          ("5!", "post!", "instead"))
+
+    def test_a_template_is_named_at_the_route(self):
+        def view(name, **defaults):
+            return lambda callback: lambda: "%s %s" % (name, {**defaults, **callback()})
+        app = App()
+        with mock.patch.object(minibottle, "view", view, create=True):
+            for path, template in (("/a", "t"), ("/b", ("t", {"y": 2})), ("/c", None)):
+                app.route(path, template=template, callback=lambda: {"x": 1})
+            self.assertEqual([ask(app, path).text for path in ("/a", "/b", "/c")],
+                             ["t {'x': 1}", "t {'y': 2, 'x': 1}", '{"x": 1}'])
 
     def test_agents_wrap_the_methods_that_a_request_passes(self):
         seen = []
@@ -3480,7 +3492,8 @@ class MountTest(UnitTest):
             with self.subTest(path=path):
                 answer = ask(app, path)
                 self.assertEqual(answer.text if answer.status_code == 200 else 404, expected)
-        self.assertEqual((child.config["_mount.prefix"], child.config["_mount.app"]), ("/y/z/", app))
+        self.assertEqual((child.config["_mount.prefix"], child.config["_mount.app"]),
+                         ("/y/z/", app))
         self.assertEqual(app.routes[1].config["mountpoint.target"], child)
         for prefix in ("x", "/", ""):
             with self.assertRaises(ValueError):
@@ -6682,7 +6695,7 @@ BANNERS = [(PROGRAM.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
 MAP_LINE = re.compile(r"^ {4}([0-9]+)\. (\S+(?: \S+)*)", re.MULTILINE)
 WORLD = {"socket", "select", "selectors", "ssl", "signal", "asyncio", "threading", "_thread",
          "subprocess", "multiprocessing"}
-DOORS = {("App.run", "run"), ("run", "default_app")}  # upward on purpose
+DOORS = {("App.run", "run")}  # upward on purpose
 DEPRECATED = set((  # PEP 594, PEP 632, and others that are gone or going
     "aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap "
     "msilib nis nntplib optparse ossaudiodev pipes pkg_resources smtpd sndhdr spwd sunau telnetlib "
