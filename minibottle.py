@@ -2505,7 +2505,7 @@ class Router:
             if match[0][len(slashes)] == ":":
                 import warnings
                 warnings.warn(f"rule {rule!r}: write <name> or <name:re:pattern> for {match[0]!r}",
-                              DeprecationWarning, stacklevel=2)
+                              DeprecationWarning, stacklevel=5)
                 name, config = old_name, patterns[0] or patterns[1]
                 kind = config and "re"
             kind = kind or "default"
@@ -3138,14 +3138,16 @@ class Route:
     def reset(self) -> None:
         """Apply the plugins anew at the next request."""
         self.call: Callable = self._first_call
+        self.json_dumps: Optional[Callable] = None
 
     def prepare(self) -> None:
         """Apply the plugins now: `call` is the callback in all of them."""
         self.call = self._make_callback()
+        self.json_dumps = json_dumps_of(self.config)
 
     def all_plugins(self) -> Iterator[Any]:
         """Those that count, innermost first. Of one name it is the one that came last."""
-        seen: Set[Any] = set()
+        seen: Set[Optional[str]] = set()
         for plugin in reversed(self.app.plugins + self.plugins):
             name = getattr(plugin, "name", None)
             if (True in self.skiplist or plugin in self.skiplist or type(plugin) in self.skiplist
@@ -3180,6 +3182,18 @@ class Route:
     def get_callback_args(self) -> List[str]:
         """The names of what the callback takes."""
         return parameters_of(self.get_undecorated_callback())
+
+
+def json_dumps_of(config: ConfigDict) -> Callable:
+    """What writes JSON: json.dump_func, or by json.indent and json.ascii."""
+    if not config.get("json.enable"):
+        return refuse_json
+    return config.get("json.dump_func") or json_encoder(
+        indent=config.get("json.indent"), ensure_ascii=config.get("json.ascii", True))
+
+
+def refuse_json(value: object) -> NoReturn:
+    raise TypeError(f"a {type(value).__name__} cannot be sent: json.enable is off")
 
 
 def name_of(callback: Callable) -> str:
@@ -3720,14 +3734,9 @@ class App:
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
     def _cast_json(self, out: Union[dict, list]) -> bytes:
-        """As the settings of the route want it: json.dump_func, or json.indent and json.ascii."""
         found = request.environ.get("minibottle.route")
-        config = found[3].config if found else self.config
-        if not config.get("json.enable"):
-            raise TypeError(f"a {type(out).__name__} cannot be sent: json.enable is off")
-        dump = config.get("json.dump_func")
-        text = dump(out) if dump else json_dumps(
-            out, indent=config.get("json.indent"), ensure_ascii=config.get("json.ascii", True))
+        dumps = found and found[3].json_dumps or json_dumps_of(self.config)
+        text = dumps(out)
         response.content_type = "application/json"
         return text.encode("utf-8") if isinstance(text, str) else text
 

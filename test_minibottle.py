@@ -4058,6 +4058,16 @@ class PluginTest(UnitTest):
         self.assertEqual((ask(app, "/5").text, ask(app, "/5", "POST").text, ask(app).text),
                          ("5!", "post!", "instead"))
 
+    def test_a_template_is_named_at_the_route(self):
+        def view(name, **defaults):
+            return lambda callback: lambda: "%s %s" % (name, {**defaults, **callback()})
+        app = App()
+        with mock.patch.object(minibottle, "view", view, create=True):
+            for path, template in (("/a", "t"), ("/b", ("t", {"y": 2})), ("/c", None)):
+                app.route(path, template=template, callback=lambda: {"x": 1})
+            self.assertEqual([ask(app, path).text for path in ("/a", "/b", "/c")],
+                             ["t {'x': 1}", "t {'y': 2, 'x': 1}", '{"x": 1}'])
+
     def test_agents_wrap_the_methods_that_a_request_passes(self):
         seen = []
 
@@ -7580,7 +7590,7 @@ BANNERS = [(PROGRAM.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
 MAP_LINE = re.compile(r"^ {4}([0-9]+)\. (\S+(?: \S+)*)", re.MULTILINE)
 WORLD = {"socket", "select", "selectors", "ssl", "signal", "asyncio", "threading", "_thread",
          "subprocess", "multiprocessing"}
-DOORS = {("App.run", "run"), ("run", "default_app")}  # upward on purpose
+DOORS = {("App.run", "run")}  # upward on purpose
 DEPRECATED = set((  # PEP 594, PEP 632, and others that are gone or going
     "aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap "
     "msilib nis nntplib optparse ossaudiodev pipes pkg_resources smtpd sndhdr spwd sunau telnetlib "
