@@ -1769,8 +1769,8 @@ class MultipartTest(UnitTest):
 
     def test_a_form_reads_the_same_whole_and_byte_by_byte(self):
         body = b"preamble\r\n" + form(
-            part("a", "1"), part("b", "\r\n--X-boun\r\n--x-bound\r\n-", "b.txt", "Content-Type: a/b"),
-            part("c", "")) + b"epilogue\r\n--" + BOUNDARY.encode()
+            part("a", "1"), part("b", "\r\n--X-boun\r\n--x-bound\r\n-", "b.txt",
+                                 "Content-Type: a/b"), part("c", "")) + b"epilogue\r\n--" + BOUNDARY.encode()
         expected = self.events(body, 1 << 20)
         self.assertEqual(expected, [
             {"Content-Disposition": 'form-data; name="a"'}, b"1",
@@ -1803,8 +1803,8 @@ class MultipartTest(UnitTest):
                 ('filename="b;c"; NAME="a=;"', "a=;", "b;c"),
                 ("name=a; filename=\"x\"; filename*=UTF-8''%E6%97%A5.txt", "a", "日.txt"),
                 ('name="a";\r\n\tfilename="b"', "a", "b")):
-            got = multipart(form(b"--X-bound \t\r\nContent-Disposition: form-data; " + given.encode()
-                                 + b"\r\n\r\nx\r\n"))
+            head = "--X-bound \t\r\nContent-Disposition: form-data; " + given
+            got = multipart(form(head.encode() + b"\r\n\r\nx\r\n"))
             with self.subTest(given=given):
                 self.assertEqual([(key, upload.raw_filename) for key, upload in got.files.items()],
                                  [(name, filename)])
@@ -1878,8 +1878,8 @@ class MultipartTest(UnitTest):
     def test_hostile_forms_take_linear_time(self):
         parts = b"".join(part("a", "") for _ in range(20000))
         for body, status in (
-                (parts, 413), (form(parts), 413), (b"\r\n" * 500000, 400), (b"\r\n--X-boun" * 90000, 400),
-                (b"--X-bound\r\n" * 50000, 400), (b"-" * 1000000, 400),
+                (parts, 413), (form(parts), 413), (b"\r\n" * 500000, 400),
+                (b"\r\n--X-boun" * 90000, 400), (b"--X-bound\r\n" * 50000, 400), (b"-" * 1000000, 400),
                 (form(part("f", b"\r\n--X-boun" * 90000, "f")), None),
                 (form(part("f", b"\r" * 1000000, "f")), None),
                 (form(part("a", "", None, 'X: "' + '\\"' * 4000)), None),
@@ -1930,8 +1930,9 @@ class FileUploadTest(UnitTest):
     def test_a_file_name_is_made_safe(self):
         for raw, ascii_name, safe in (
                 ("a b.txt", "a-b.txt", "a b.txt"), ("../../etc/passwd", "passwd", "passwd"),
-                ("C:\\dir\\b.txt", "b.txt", "b.txt"), ("..", "empty", "empty"), ("", "empty", "empty"),
-                (None, "empty", "empty"), ("dir/", "empty", "empty"), (".bashrc", "bashrc", "bashrc"),
+                ("C:\\dir\\b.txt", "b.txt", "b.txt"), ("..", "empty", "empty"),
+                ("", "empty", "empty"), (None, "empty", "empty"), ("dir/", "empty", "empty"),
+                (".bashrc", "bashrc", "bashrc"),
                 ("Ümlaut$.txt", "Umlaut.txt", "Ümlaut$.txt"), ("あいう.txt", "txt", "あいう.txt"),
                 ("a\0b\r\n.txt", "ab-.txt", "ab.txt"), ("CON.txt", "CON.txt", "_CON.txt"),
                 ("nul", "nul", "_nul"), ("a\u202etxt.exe", "atxt.exe", "atxt.exe"),
@@ -2030,7 +2031,8 @@ class SignedCookieTest(UnitTest):
 
     def test_it_can_be_made_and_read_by_hand(self):
         text = cookie_encode({"a": 1}, "key")
-        self.assertEqual((cookie_decode(text, "key"), cookie_decode(text, "other")), ({"a": 1}, None))
+        self.assertEqual(cookie_decode(text, "key"), {"a": 1})
+        self.assertIsNone(cookie_decode(text, "other"))
         self.assertEqual([cookie_is_encoded(value) for value in (text, "x", text[1:])],
                          [True, False, False])
 
@@ -2353,8 +2355,8 @@ class ContextTest(UnitTest):
 class BottleRequestTest(UnitTest):
 
     def test_it_is_a_dict_that_forgets_what_it_had_worked_out(self):
-        got = Request({"QUERY_STRING": "a=1", "HTTP_COOKIE": "c=1", "wsgi.input": io.BytesIO(b"f=1"),
-                       "CONTENT_LENGTH": "3"})
+        got = Request({"QUERY_STRING": "a=1", "HTTP_COOKIE": "c=1", "CONTENT_LENGTH": "3",
+                       "wsgi.input": io.BytesIO(b"f=1")})
         self.assertEqual((got.query.a, got.cookies.c, got.forms.f), ("1", "1", "1"))
         got["QUERY_STRING"], got["HTTP_COOKIE"] = "a=2", "c=2"
         got["wsgi.input"] = io.BytesIO(b"f=2")
