@@ -293,9 +293,9 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-def wsgi_to_text(value: str) -> str:
+def wsgi_to_text(value: str, errors: str = "strict") -> str:
     """latin-1 text that carries UTF-8 bytes -> the text: "Ã¶" -> "ö". Raises UnicodeDecodeError."""
-    return value if value.isascii() else value.encode("latin-1").decode("utf-8")
+    return value if value.isascii() else value.encode("latin-1").decode("utf-8", errors)
 
 
 def text_to_wsgi(value: str) -> str:
@@ -563,8 +563,7 @@ class WSGIHeaderDict(Mapping):
         return self.environ.get(self._key(name), default)
 
     def __getitem__(self, name: str) -> str:
-        value = self.environ[self._key(name)]
-        return value if value.isascii() else value.encode("latin-1").decode("utf-8", "replace")
+        return wsgi_to_text(self.environ[self._key(name)], "replace")
 
     def __contains__(self, name: object) -> bool:
         return self._key(str(name)) in self.environ
@@ -1010,8 +1009,9 @@ def iter_multipart(buf: bytearray, boundary: str) -> Iterator[Any]:
     """
     buf[:0] = b"\r\n"  # the line end before a boundary belongs to it; the first may have none
     delimiter = b"\r\n--" + boundary.encode("latin-1")
-    for _ in iter_until(buf, delimiter):
-        yield NEED_DATA
+    for piece in iter_until(buf, delimiter):
+        if not piece:
+            yield NEED_DATA
     while True:
         head = yield from take_part_head(buf)
         if head is None:
@@ -1037,18 +1037,16 @@ def iter_until(buf: bytearray, delimiter: bytes) -> Iterator[Union[bytes, bytear
 
 def take_part_head(buf: bytearray) -> Generator[bytes, None, Optional[bytes]]:
     """Take the headers of a part off `buf`, with the line end before; None after the last part."""
-    while True:
+    while buf[:2] != b"--":
         end = buf.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
-        if end >= 0 or buf[:2] == b"--":
-            break
+        if end >= 0:
+            head = bytes(buf[:end])
+            del buf[:end + 4]
+            return head
         if len(buf) >= MAX_PART_HEAD_BYTES:
             raise BadRequest(f"headers of a part over {MAX_PART_HEAD_BYTES} bytes")
         yield NEED_DATA
-    if buf[:2] == b"--":
-        return None
-    head = bytes(buf[:end])
-    del buf[:end + 4]
-    return head
+    return None
 
 
 def parse_part_head(head: bytes) -> HeaderDict:
@@ -1211,11 +1209,6 @@ def spool(file: BinaryIO, piece: bytes, threshold: int) -> BinaryIO:
 
 # -- cookies (RFC 6265) --
 
-def text_of_query(value: str) -> str:
-    """Raw bytes above ASCII in a query or cookie, which PEP 3333 carries as latin-1 -> text."""
-    return value if value.isascii() else value.encode("latin-1").decode("utf-8", "replace")
-
-
 def parse_cookies(header: str) -> List[Tuple[str, str]]:
     """"a=1; b=\\"x\\"" -> [("a", "1"), ("b", "x")] (RFC 6265 5.4). A bad pair is left out."""
     pairs = []
@@ -1356,25 +1349,14 @@ def sign(text: str, key: bytes) -> str:
 CURRENT: ContextVar[Dict[str, Any]] = ContextVar("minibottle.environ")
 
 
-class EmptyInput:
-    """wsgi.input of a request without a body; one serves them all, as it has no state."""
-
-    def read(self, size: int = -1) -> bytes:
-        return b""
-
-    readline = read
-
-    def readlines(self, hint: int = -1) -> list:
-        return []
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return 0
+class EmptyInput(io.BytesIO):
+    """wsgi.input of a request without a body; one serves them all, as it stays open and empty."""
 
     def close(self) -> None:
         pass
 
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(())
+    def write(self, data: Any) -> int:
+        raise io.UnsupportedOperation("write")
 
 
 EMPTY_INPUT = EmptyInput()
@@ -1399,6 +1381,11 @@ class kept(property):
         except BadRequest as error:  # 400 or 413
             raise HTTPError(error.status, str(error), error) from error
         return value
+
+
+def from_environ(key: str, read: Callable[[str], Any]) -> Any:
+    """An attribute that stands for a text in the environ, "" where there is none."""
+    return property(lambda self: read(self.environ.get(key) or ""))
 
 
 class Request:
@@ -1477,32 +1464,24 @@ class Request:
 
     # -- the request line --
 
-    @property
-    def method(self) -> str:
-        """"GET", in capitals."""
-        return self.environ.get("REQUEST_METHOD", "GET").upper()
+    method = from_environ("REQUEST_METHOD", lambda text: text.upper() or "GET")
+    query_string = from_environ("QUERY_STRING", str)
+    remote_addr = from_environ("REMOTE_ADDR", lambda text: text or None)  # the connection's peer
 
     @property
     def path(self) -> str:
         """The decoded path, always with one leading slash. Wrong UTF-8 shows as U+FFFD."""
-        path = self.environ.get("PATH_INFO", "")
-        if not path.isascii():
-            path = path.encode("latin-1").decode("utf-8", "replace")
-        return "/" + path.lstrip("/")
+        return "/" + wsgi_to_text(self.environ.get("PATH_INFO", ""), "replace").lstrip("/")
 
     @property
     def script_name(self) -> str:
         """The prefix under which the application is mounted: "/", "/app/"."""
-        name = self.environ.get("SCRIPT_NAME", "").strip("/")
+        name = wsgi_to_text(self.environ.get("SCRIPT_NAME", ""), "replace").strip("/")
         return "/" + name + "/" if name else "/"
 
     @property
     def fullpath(self) -> str:
         return urljoin(self.script_name, self.path.lstrip("/"))
-
-    @property
-    def query_string(self) -> str:
-        return self.environ.get("QUERY_STRING", "")
 
     @property
     def urlparts(self) -> SplitResult:
@@ -1524,14 +1503,9 @@ class Request:
     @kept
     def query(self) -> FormsDict:
         """The fields of the query string."""
-        return fields_of(parse_qsl(text_of_query(self.query_string)))
+        return fields_of(parse_qsl(wsgi_to_text(self.query_string, "replace")))
 
     GET = query
-
-    @property
-    def remote_addr(self) -> Optional[str]:
-        """The address of the peer of the connection; None where it has none."""
-        return self.environ.get("REMOTE_ADDR") or None
 
     @property
     def remote_route(self) -> List[str]:
@@ -1547,6 +1521,12 @@ class Request:
 
     # -- headers --
 
+    content_type = from_environ("CONTENT_TYPE", str.lower)
+    content_length = from_environ("CONTENT_LENGTH", parse_length)  # -1 where it is not known
+    chunked = from_environ("HTTP_TRANSFER_ENCODING", lambda text: "chunked" in text.lower())
+    is_xhr = is_ajax = from_environ("HTTP_X_REQUESTED_WITH",
+                                    lambda text: text.lower() == "xmlhttprequest")
+
     @kept
     def headers(self) -> WSGIHeaderDict:
         return WSGIHeaderDict(self.environ)
@@ -1557,8 +1537,8 @@ class Request:
     @kept
     def cookies(self) -> FormsDict:
         """Name to value; the first of a name counts, as the most specific path comes first."""
-        return fields_of(reversed(parse_cookies(
-            text_of_query(self.environ.get("HTTP_COOKIE", "")))))
+        text = wsgi_to_text(self.environ.get("HTTP_COOKIE", ""), "replace")
+        return fields_of(reversed(parse_cookies(text)))
 
     def get_cookie(self, key: str, default: Any = None, secret: Any = None, *,
                    max_age: Optional[float] = None) -> Any:
@@ -1570,33 +1550,13 @@ class Request:
         value = self.cookies.get(key) or ""
         if secret is None:
             return value or default
-        response_of(self.environ).add_header("Vary", "Cookie")  # no cache may mix up two users
+        response_of(self.environ).vary_by_cookie()
         signed = cookie_decode(value, secret)
         if not isinstance(signed, list) or len(signed) != 3 or signed[0] != key:
             return default
         return signed[1] if max_age is None or time.time() - signed[2] <= max_age else default
 
-    @property
-    def content_type(self) -> str:
-        return self.environ.get("CONTENT_TYPE", "").lower()
-
-    @property
-    def content_length(self) -> int:
-        """-1 where it is not known."""
-        return parse_length(self.environ.get("CONTENT_LENGTH") or "")
-
-    @property
-    def chunked(self) -> bool:
-        """Whether it came in chunks; who reads the body sees none of them."""
-        return "chunked" in self.environ.get("HTTP_TRANSFER_ENCODING", "").lower()
-
-    @property
-    def is_xhr(self) -> bool:
-        return self.environ.get("HTTP_X_REQUESTED_WITH", "").lower() == "xmlhttprequest"
-
-    is_ajax = is_xhr
-
-    # -- the body --
+    # -- the body --    # -- the body --
 
     @property
     def body(self) -> BinaryIO:
@@ -1614,7 +1574,8 @@ class Request:
             return source
         limits = self._limits
         left = self.content_length
-        check_body_size(left, limits)
+        if left > limits.max_body:
+            raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
         if left < 0:
             left = limits.max_body + 1 if environ.get("wsgi.input_terminated") else 0
         copy: BinaryIO = io.BytesIO()
@@ -1624,7 +1585,8 @@ class Request:
                 break
             left -= len(piece)
             copy = spool(copy, piece, limits.spool_threshold)
-        check_body_size(copy.tell(), limits)
+        if copy.tell() > limits.max_body:
+            raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
         environ["wsgi.input"] = environ["minibottle.body"] = copy
         if type(copy) is not io.BytesIO:
             environ.setdefault("minibottle.files", []).append(copy)
@@ -1698,9 +1660,7 @@ class Request:
             raise HTTPError(415, f"Content-Type {self._media_type!r} is not JSON.")
         return parse_json_body(self._read_body())
 
-    @property
-    def _media_type(self) -> str:
-        return self.content_type.partition(";")[0].strip(" \t")
+    _media_type = from_environ("CONTENT_TYPE", lambda text: text.partition(";")[0].strip().lower())
 
     # -- where it was routed --
 
@@ -1721,11 +1681,6 @@ class Request:
         if not found or not isinstance(found[4], dict):
             raise RuntimeError("This request is not connected to a route.")
         return found
-
-
-def check_body_size(size: int, limits: Settings) -> None:
-    if size > limits.max_body:
-        raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -1843,9 +1798,7 @@ class Response:
     def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
         return self._headers.get(name, default)
 
-    def set_header(self, name: str, value: object) -> None:
-        """Replace what was set under this name."""
-        self._headers[name] = value
+    set_header = __setitem__  # in the place of what was set under this name
 
     def add_header(self, name: str, value: object) -> None:
         """Keep what was set under this name, and add another."""
@@ -1890,13 +1843,18 @@ class Response:
         if secret is not None:
             options = {**SIGNED_DEFAULTS, **options}
             value = cookie_encode([name, value, int(time.time())], secret)
-            self.add_header("Vary", "Cookie")
+            self.vary_by_cookie()
         self._cookies[name] = format_cookie(name, value, options)
 
     def delete_cookie(self, name: str, **options: Any) -> None:
         """Make the browser drop it; give the path, domain and secret that it was set with."""
         options.update(max_age=-1, expires=0)
         self.set_cookie(name, "", **options)
+
+    def vary_by_cookie(self) -> None:
+        """Tell caches that the answer is one user's."""
+        if "Cookie" not in self._headers.getall("Vary"):
+            self._headers.append("Vary", "Cookie")
 
     # -- one response onto another --
 
@@ -3281,7 +3239,7 @@ class Mount:
             answer.status = status
             answer._headers = HeaderDict()
             for name, value in headers:
-                answer.add_header(name, text_of_query(value))
+                answer.add_header(name, wsgi_to_text(value, "replace"))
             return written.append
 
         try:
@@ -3712,7 +3670,9 @@ class App:
             return bytes(out)
         if isinstance(out, dict) or isinstance(out, list) and not (
                 out and isinstance(out[0], (str, bytes, Response))):
-            return self._cast_json(out)
+            data = self._dump_json(out)
+            response.content_type = "application/json"
+            return data
         if not out:  # None, False, 0, ()
             return b""
         if isinstance(out, (list, tuple)):
@@ -3733,11 +3693,11 @@ class App:
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
-    def _cast_json(self, out: Union[dict, list]) -> bytes:
+    def _dump_json(self, out: Union[dict, list]) -> bytes:
+        """As the settings of the route want it."""
         found = request.environ.get("minibottle.route")
         dumps = found and found[3].json_dumps or json_dumps_of(self.config)
         text = dumps(out)
-        response.content_type = "application/json"
         return text.encode("utf-8") if isinstance(text, str) else text
 
     def _error_handler_of(self, error: HTTPError) -> Callable:
@@ -3801,7 +3761,7 @@ class App:
                 if type(out) is str and environ.get("minibottle.response") is None:
                     out = out.encode("utf-8")  # FAST: the most common first; _cast() agrees
                 elif type(out) is dict and environ.get("minibottle.response") is None:
-                    out, kind = json_dumps(out).encode("utf-8"), JSON
+                    out, kind = self._dump_json(out), JSON
                 else:
                     out = self._cast(out)
             except Exception as error:  # what was returned cannot be sent
