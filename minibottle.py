@@ -20,7 +20,7 @@ MAP (a section uses only names from sections above it; 1-5 are pure: no socket, 
     2. Text and dates           UTF-8, HTTP dates, HTML, JSON
     3. Headers and multidicts   several values a name, validated
     4. HTTP/1.1 codec           bytes to environ, answers to bytes, chunked bodies
-    5. Forms and cookies        fields out of text
+    5. Forms and cookies        fields and files out of bytes, cookies in and out
   II. Application
     6. Request and Response     views of environ, and what will be sent
     7. Files and gzip           file_wrapper, compression for any WSGI application
@@ -1604,7 +1604,9 @@ class Request:
     def _read_body(self) -> bytes:
         """The whole body in memory."""
         limit = self._limits.max_form_memory
-        data = self.body.read(limit + 1)
+        body = self._body
+        body.seek(0)
+        data: bytes = body.read(limit + 1)
         if len(data) > limit:
             raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
         return data
