@@ -2977,8 +2977,7 @@ class Loop:
             with self.lock:
                 self.holder = self.nobody
                 self.nobody.table.append(monotonic())
-            if not self.hand_over() and self.asleep:
-                self.rouse()
+            self.hand_over()
 
     # -- threads --
 
@@ -3061,12 +3060,10 @@ class Loop:
         try:
             return function(*args)
         finally:
-            if me.holds:
-                try:
-                    me.table.pop()
-                except IndexError:  # the monitor took it: another thread has the loop
-                    me.holds = False
-            if not me.holds:
+            try:
+                me.table.pop()
+            except IndexError:  # the monitor took it, if there was one: another thread has the loop
+                me.holds = False
                 me.since = 0.0
 
     # -- the loop --
@@ -3178,11 +3175,6 @@ class Loop:
 
     # -- listeners --
 
-    def listen(self, listener: Listener) -> None:
-        self.listeners[listener.fd] = listener
-        listener.sock.setblocking(False)
-        self.poller.register(listener.fd, IN)
-
     def accept(self, listener: Listener) -> bool:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
@@ -3224,16 +3216,13 @@ class Loop:
             for fd in self.listeners:
                 self.poller.unregister(fd)
 
-    def resume(self) -> None:
-        self.paused = False
-        for fd in self.listeners:
-            self.poller.register(fd, IN)
-
     # -- deadlines --
 
     def sweep(self, me: Hand, now: float) -> None:
         if self.paused and now >= self.resume_at:
-            self.resume()
+            self.paused = False
+            for fd in self.listeners:
+                self.poller.register(fd, IN)
         if self.waiting:
             self.expire_jobs(me, now)
         if self.draining:
@@ -3393,7 +3382,7 @@ class Exchange:
         """PEP 3333's write(), which start_response returns: sent before it returns."""
         if not isinstance(data, bytes):
             raise TypeError(f"write() takes bytes, not {type(data).__name__}")
-        if not self.worker.send_now(self, self.worker.frame(self, data)):
+        if not self.worker.transmit(self, self.worker.frame(self, data), None):
             raise ClientGone("while the answer was sent")
 
     def describe(self) -> str:
@@ -3439,8 +3428,10 @@ class StreamInput(io.RawIOBase):
         return True
 
     def readinto(self, target: Any) -> int:
+        self.decode()
         while not self.piece and not self.ended:
-            self.fill()
+            self.receive()
+            self.decode()
         taken = self.piece[:len(target)]
         target[:len(taken)] = taken
         self.piece = self.piece[len(taken):]
@@ -3448,27 +3439,23 @@ class StreamInput(io.RawIOBase):
 
     def is_done(self) -> bool:
         """Is it read to its end? Does not wait."""
-        if not self.piece and not self.ended:
-            try:
-                self.fill_from_buffer()
-            except BadRequest:  # nobody reads it any more
-                pass
+        try:
+            self.decode()
+        except BadRequest:  # nobody reads it any more
+            pass
         return self.ended
 
-    def fill_from_buffer(self) -> None:
+    def decode(self) -> None:
+        """The next piece of what is here, or the end."""
         try:
-            self.piece = next(self.decoder)
+            self.piece = self.piece or next(self.decoder)
         except StopIteration:
             self.ended = True
         except BadRequest:  # nobody knows where the next request begins
             self.exchange.ending = CLOSE
             raise
 
-    def fill(self) -> None:
-        """The next piece, or the end."""
-        self.fill_from_buffer()
-        if self.ended or self.piece:
-            return
+    def receive(self) -> None:
         c = self.exchange.connection
         settings = self.exchange.worker.settings
         c.sock.settimeout(settings.body_timeout)
@@ -3518,7 +3505,9 @@ class Worker(Loop):
             log.warning("there is no place for temporary files: max_body is %s bytes",
                         settings.max_body)
         for sock in sockets:
-            self.listen(Listener(sock, self.template(sock)))
+            sock.setblocking(False)
+            self.listeners[sock.fileno()] = Listener(sock, self.template(sock))
+            self.poller.register(sock.fileno(), IN)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -3566,8 +3555,10 @@ class Worker(Loop):
             return self.give(c)
         except OSError:
             data = b""
-        if not data:
-            return self.on_end(c, me)
+        if not data:  # what is begun here cannot be completed
+            if c.exchange is not None:
+                self.release(c.exchange, me)
+            return self.close(c)
         if c.phase == IDLE:
             c.buf = data
             return self.advance(c, me)
@@ -3578,13 +3569,6 @@ class Worker(Loop):
             return self.give(c)
         c.exchange.body.buf += data
         self.collect(c.exchange, me)
-
-    def on_end(self, c: Connection, me: Hand) -> None:
-        """The peer sends no more: nothing that is begun here can be completed."""
-        x = c.exchange
-        self.close(c)
-        if x is not None and x.body is not None:
-            x.body.close()
 
     def advance(self, c: Connection, me: Hand) -> None:
         """c.buf has bytes of a head, and perhaps of what follows it."""
@@ -3734,13 +3718,10 @@ class Worker(Loop):
             result = app(x.environ, x.start_response)
         except BaseException as raised:  # SystemExit too: it ends a request, not a thread of ours
             error = raised
-        if me.holds:
-            try:
-                me.table.pop()
-            except IndexError:  # the monitor took it: another thread has the loop
-                me.holds = False
-                me.since = 0.0
-        else:
+        try:
+            me.table.pop()
+        except IndexError:  # the monitor took it, if there was one: another thread has the loop
+            me.holds = False
             me.since = 0.0
         now = monotonic()
         if now - began > SLOW_SECONDS or x.plan.slow:
@@ -3958,31 +3939,28 @@ class Worker(Loop):
         """Send what the application returned: any iterable of bytes."""
         x.result = result
         x.connection.exchange = x
-        first = None
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
-                first = self.pull(x, me)
+                x.iterator = chain((self.pull(x, me) or b"",), x.iterator)
                 if x.lines is None:
                     raise RuntimeError("the application did not call start_response")
         except BaseException as error:
             return self.on_error(x, error, me)
         if x.head_sent:
-            return self.pump(x, first, me)
+            return self.pump(x, me)
         if x.bodiless:
             self.close_result(x, me)
             return self.send_whole(x, b"", me)
         announced, size = x.length, size_of_file(result)
         if self.negotiate(x, size if announced is None else announced):
-            pieces = x.iterator if first is None else chain((first,), x.iterator)
-            x.iterator = iter_gzip(pieces, self.settings.gzip_level, announced)
-            first = None
+            x.iterator = iter_gzip(x.iterator, self.settings.gzip_level, announced)
         elif size:
             x.length = size if announced is None else announced
             x.offset = result.file.tell()
             x.out = self.make_head(x)
             return self.send_file(x, me)
-        self.pump(x, first, me)
+        self.pump(x, me)
 
     def pull(self, x: Exchange, me: Hand) -> Optional[bytes]:
         """The next piece; None at the end."""
@@ -3991,20 +3969,19 @@ class Worker(Loop):
             raise TypeError(f"a body is made of bytes, not {type(piece).__name__}")
         return piece
 
-    def pump(self, x: Exchange, piece: Optional[bytes], me: Hand) -> None:
+    def pump(self, x: Exchange, me: Hand) -> None:
         """Pull and send: on the loop while the socket takes it at once; what lasts leaves it."""
         budget = TURN_BYTES
         while True:
+            began = monotonic()
             try:
-                if piece is None:
-                    began = monotonic()
-                    piece = self.pull(x, me)
-                    if monotonic() - began > SLOW_SECONDS:
-                        x.plan.blocked()
+                piece = self.pull(x, me)
             except BaseException as error:
                 return self.on_error(x, error, me)
             if piece is None:
-                break
+                return self.send_last(x, b"", me)
+            if monotonic() - began > SLOW_SECONDS:
+                x.plan.blocked()
             if piece and not self.transmit(x, self.frame(x, piece), me):
                 return self.abort(x, me)
             budget -= len(piece)
@@ -4013,8 +3990,6 @@ class Worker(Loop):
                 self.leave(me)
             if not me.holds and x.head_sent and x.chunked and self.has_left(x):
                 return self.abort(x, me)
-            piece = None
-        self.send_last(x, b"", me)
 
     def has_left(self, x: Exchange) -> bool:
         """Has the reader of an event stream closed its side? Others may do so and still listen."""
@@ -4028,31 +4003,21 @@ class Worker(Loop):
         except OSError:
             return True
 
-    def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
-        """Send all of it; where the socket takes no more, leave the loop and wait. False: gone."""
-        try:
-            n = x.connection.sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            n = 0
-        except OSError:
-            return False
-        if n == len(data):
-            return True
-        x.plan.blocked()
-        self.leave(me)
-        return self.send_now(x, memoryview(data)[n:])
-
-    def send_now(self, x: Exchange, data: Any) -> bool:
-        """Send all of it, and wait for the socket. False: gone, or no progress in write_timeout."""
-        sock = x.connection.sock
-        sock.settimeout(self.settings.write_timeout)
-        view = memoryview(data)
-        queued = bytes_queued(sock)
+    def transmit(self, x: Exchange, data: bytes, me: Optional[Hand]) -> bool:
+        """Send all of it; where the socket takes no more, leave the loop (or it is left: None) and
+        wait. False: the client is gone, or there was no progress in write_timeout."""
+        sock, view = x.connection.sock, memoryview(data)
         try:
             while view:
                 try:
                     view = view[sock.send(view):]
                     queued = bytes_queued(sock) if view else 0
+                except (BlockingIOError, InterruptedError):
+                    x.plan.blocked()
+                    if me is not None:
+                        self.leave(me)
+                    queued = bytes_queued(sock)
+                    sock.settimeout(self.settings.write_timeout)
                 except socket.timeout:
                     before, queued = queued, bytes_queued(sock)
                     if queued >= before:
@@ -4060,7 +4025,8 @@ class Worker(Loop):
         except OSError:
             return False
         finally:
-            sock.setblocking(False)
+            if sock.gettimeout():
+                sock.setblocking(False)
         return True
 
     def close_result(self, x: Exchange, me: Hand) -> None:
