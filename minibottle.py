@@ -2752,11 +2752,11 @@ class Waker:
         except OSError:  # full: it wakes anyway
             pass
 
-    def drain(self) -> None:
+    def drain(self) -> bytes:
         try:
-            self.reader.recv(4096)
+            return self.reader.recv(4096)
         except OSError:
-            pass
+            return b""
 
     def wait(self, timeout: float) -> None:
         self.reader.settimeout(timeout)
@@ -2830,11 +2830,11 @@ class Loop:
 
     on_event: Callable[[Connection, Hand], None]     # the poller has seen it
     advance: Callable[[Connection, Hand], None]      # it has bytes of a next request
-    call: Callable[["Exchange", Hand], None]         # its request has a thread
-    on_queue_full: Callable[["Exchange", Hand], None]  # its request has none in time
     on_expired: Callable[[Connection, Hand], None]   # its deadline has passed
-    on_failure: Callable[[Connection, BaseException, Hand], None]  # our own code raised
-    release: Callable[["Exchange", Hand], None]      # its request will not be answered
+    refuse: Callable[[Connection, BaseException, Hand], None]  # our own code failed
+    call: Callable[["Exchange", Hand], None]         # a request has a thread
+    on_error: Callable[["Exchange", BaseException, Hand], None]  # it has none in time
+    release: Callable[["Exchange", Hand], None]      # it will not be answered
     on_turn: Callable[[Hand], None]                  # after each poll
     on_hung: Callable[[Hand, float], None]           # a call lasts too long
 
@@ -3033,7 +3033,9 @@ class Loop:
             return
         try:
             if monotonic() > queued + self.settings.queue_timeout:
-                self.on_queue_full(x, me)
+                self.on_error(x, ServiceUnavailable(
+                    f"no thread was free within {self.settings.queue_timeout} s "
+                    f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
             else:
                 self.call(x, me)
         except Exception as error:
@@ -3115,9 +3117,10 @@ class Loop:
     def guard(self, c: Connection, error: BaseException, me: Hand) -> None:
         """A failure of our own code: it costs this connection."""
         try:
-            self.on_failure(c, error, me)
+            self.refuse(c, error, me)
         except Exception as second:
             log.error("failed to close a connection", exc_info=second)
+            self.close(c)
 
     def on_other_event(self, fd: int) -> None:
         if fd in self.watched:
@@ -3178,11 +3181,9 @@ class Loop:
     def accept(self, listener: Listener) -> bool:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
-            if len(self.connections) >= self.settings.max_connections:
-                self.pause(PAUSE_SECONDS)
-                return False
-            if not self.draining and self.is_crowded():
-                self.pause(MONITOR_SECONDS)
+            full = len(self.connections) >= self.settings.max_connections
+            if full or not self.draining and self.is_crowded():
+                self.pause(PAUSE_SECONDS if full else MONITOR_SECONDS)
                 return False
             try:
                 sock, peer = listener.sock.accept()
@@ -3672,20 +3673,16 @@ class Worker(Loop):
                     body.file = self.user(me, spool, body.file, piece,
                                           self.settings.spool_threshold)
             else:
-                return self.collected(x, me)
+                body.file.seek(0)
+                x.environ["CONTENT_LENGTH"] = str(body.received)
+                x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
+                c.exchange = None
+                return self.call(x, me)
         except BadRequest as error:
             return self.refuse_body(x, error, me)
         timeout = self.settings.body_timeout
         c.deadline = min(monotonic(), body.started + body.received / MIN_BODY_RATE) + timeout
         self.give(c)
-
-    def collected(self, x: Exchange, me: Hand) -> None:
-        environ, body = x.environ, x.body
-        body.file.seek(0)
-        environ["CONTENT_LENGTH"] = str(body.received)
-        environ["wsgi.input"] = environ["minibottle.body"] = body.file
-        x.connection.exchange = None
-        self.call(x, me)
 
     def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
         """Our application makes its own page of it, with its hooks; for others we do."""
@@ -4069,20 +4066,18 @@ class Worker(Loop):
     # -- errors --
 
     def on_error(self, x: Exchange, error: BaseException, me: Hand) -> None:
-        """The application raised. Before the head an error page, after it a reset."""
-        if not isinstance(error, (BadRequest, ClientGone)):
+        """The application raised, or we refuse. Before the head an error page, after it a reset."""
+        status, body = "500 Internal Server Error", b"500 Internal Server Error\n"
+        if isinstance(error, BadRequest):
+            note_refusal("%s: %s: %s %s", x.connection.addr, x.describe(), error.status,
+                         printable(error))
+            status, body = format_error(error)
+        elif not isinstance(error, ClientGone):
             log.error("%s: unhandled exception", x.describe(), exc_info=error)
         if x.head_sent:
             return self.abort(x, me)
         self.close_result(x, me)
-        if isinstance(error, BadRequest):  # the body was read as it came
-            return self.answer_error(x, error, me)
-        self.answer(x, me, "500 Internal Server Error", b"500 Internal Server Error\n")
-
-    def answer_error(self, x: Exchange, error: BadRequest, me: Hand) -> None:
-        note_refusal("%s: %s: %s %s", x.connection.addr, x.describe(), error.status,
-                     printable(error))
-        self.answer(x, me, *format_error(error))
+        self.answer(x, me, status, body)
 
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
@@ -4093,7 +4088,7 @@ class Worker(Loop):
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
         self.send_list(x, [body], monotonic(), me)
 
-    def refuse(self, c: Connection, error: BadRequest, me: Hand) -> None:
+    def refuse(self, c: Connection, error: BaseException, me: Hand) -> None:
         """Answer once, close, and never look at the rest: after an error in the framing nobody
         knows where the next request begins."""
         x = c.exchange
@@ -4104,7 +4099,7 @@ class Worker(Loop):
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         c.buf = b""
         x.ending = CLOSE
-        self.answer_error(x, error, me)
+        self.on_error(x, error, me)
 
     def on_expired(self, c: Connection, me: Hand) -> None:
         """A deadline has passed; c is ours."""
@@ -4123,30 +4118,6 @@ class Worker(Loop):
             c.deadline = monotonic() + settings.write_timeout
             return self.give(c)
         self.close(c)
-
-    def on_queue_full(self, x: Exchange, me: Hand) -> None:
-        """No thread was free in time."""
-        self.answer_error(x, ServiceUnavailable(
-            f"no thread was free within {self.settings.queue_timeout} s "
-            f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
-
-    def on_failure(self, c: Connection, error: BaseException, me: Hand) -> None:
-        """Our own code failed: answer 500 if nothing is sent yet, and close."""
-        log.error("a connection failed", exc_info=error)
-        if self.connections.get(c.fd) is not c:
-            return
-        x = c.exchange
-        if x is not None and x.head_sent:
-            return self.abort(x, me)
-        if x is not None:
-            self.release(x, me)
-        try:
-            c.sock.send(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n"
-                        b"Connection: close\r\n\r\n")
-        except OSError:
-            pass
-        c.exchange = None
-        self.farewell(c, me)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
@@ -4286,11 +4257,12 @@ class LogStream(io.TextIOBase):
 # === 13. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target and asks the master, over its own pair of sockets (the link), for settings and
-# listeners; it sends what run() was given, and the master adds what the command line says. Counts
-# and heartbeats are in shared memory, so there is no file.
+# listeners; it sends what run() was given, and the master adds what the command line says. The
+# board is shared memory, two numbers a worker: when its heart last beat (monotonic seconds; 0.0: it
+# does not serve yet) and how many connections it has.
 
 MAX_WORKERS = 1000
-BACKOFF_SECONDS = (1, 2, 4, 8, 16, 30)
+MAX_BACKOFF_SECONDS = 30             # after 1, 2, 4, 8 and 16
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
 
 
@@ -4298,31 +4270,11 @@ class StartError(Exception):
     """The server cannot start: one line for the operator, exit status 1."""
 
 
-class Board:
-    """What workers let each other and the master see, in shared memory; a worker has a slot."""
-
-    def __init__(self) -> None:
-        shared = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
-        self.beats = shared[:MAX_WORKERS]        # monotonic seconds; 0.0: it does not serve yet
-        self.connections = shared[MAX_WORKERS:]
-
-    def write(self, slot: int, connections: int) -> None:
-        self.beats[slot] = monotonic()
-        self.connections[slot] = connections
-
-    def clear(self, slot: int) -> None:
-        self.beats[slot] = self.connections[slot] = 0.0
-
-    def mean(self, slots: int) -> float:
-        """Connections of a worker that serves, on average."""
-        return sum(self.connections[:slots]) / max(1, sum(map(bool, self.beats[:slots])))
-
-
 class Served(Worker):
     """A worker of a master: it shows its counts, and leaves the listeners when it has too many."""
 
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings,
-                 board: Board, slot: int, link: socket.socket) -> None:
+                 board: Any, slot: int, link: socket.socket) -> None:
         super().__init__(app, sockets, settings)
         self.workers = count_workers(settings.workers)
         self.board = board
@@ -4338,7 +4290,8 @@ class Served(Worker):
 
     def on_heartbeat(self, now: float) -> None:
         super().on_heartbeat(now)
-        self.board.write(self.slot, len(self.connections))
+        self.board[2 * self.slot] = now
+        self.board[2 * self.slot + 1] = len(self.connections)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """The master starts another worker; this one ends what else it has begun."""
@@ -4351,9 +4304,10 @@ class Served(Worker):
         """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
         if self.workers < 2:
             return False
-        count = len(self.connections)
-        self.board.write(self.slot, count)
-        return count > self.board.mean(2 * self.workers) * 1.125 + 2  # those that end have slots
+        count = self.board[2 * self.slot + 1] = len(self.connections)
+        end = 4 * self.workers  # those that end have slots, too
+        mean = sum(self.board[1:end:2]) / max(1, sum(map(bool, self.board[0:end:2])))
+        return count > mean * 1.125 + 2
 
 
 def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> None:
@@ -4380,20 +4334,6 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
     finally:
         unlink_sockets()
         handle(kept)
-
-
-def serve_as_child(link: socket.socket, board: Board, slot: int, app: Callable,
-                   options: dict) -> None:
-    """Ask the master for settings and listeners, and serve until it says stop."""
-    send_message(link, {"options": options})
-    answer, sockets = receive_message(link)
-    worker = Served(app, sockets, Settings(**answer["settings"]), board, slot, link)
-    handle({signal.SIGTERM: lambda number, frame: worker.drain(),
-            signal.SIGQUIT: lambda number, frame: worker.stop()})
-    worker.bell.on_signals()
-    worker.on_heartbeat(monotonic())
-    send_message(link, {"ready": os.getpid()})
-    worker.monitor()
 
 
 def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
@@ -4446,11 +4386,10 @@ class Master:
         self.reloads = reloads    # load() gets new code; else the application is here already
         self.settings: Any = None  # known when the first worker has booted
         self.sockets: List[socket.socket] = []
-        self.board = Board()
+        self.board = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
         self.workers: Dict[int, Process] = {}
         self.wanted = 1
-        self.bell = Waker()
-        self.signals: List[int] = []
+        self.bell = Waker()       # rung by signals only: it holds their numbers
         self.served = False       # some worker has been ready
         self.stopping = 0.0       # until then workers may end by themselves
         self.status = 0
@@ -4461,14 +4400,13 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        kept = handle(dict.fromkeys(self.handled, self.on_signal))
+        kept = handle(dict.fromkeys(self.handled, lambda number, frame: None))
         self.bell.on_signals()
         try:
             while self.workers or not self.stopping:
-                self.keep_up()
+                while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
+                    self.fork()
                 self.wait()
-                while self.signals:
-                    self.obey(self.signals.pop(0))
                 self.reap()
                 self.watch()
         finally:
@@ -4481,12 +4419,7 @@ class Master:
             self.bell.close()
         return self.status
 
-    def on_signal(self, number: int, frame: object) -> None:
-        self.signals.append(number)
-        self.bell.wake()
-
     def obey(self, number: int) -> None:
-        """A signal, outside of its handler."""
         if number in (signal.SIGTERM, signal.SIGINT) and not self.stopping:
             self.stop(signal.SIGTERM)
         elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
@@ -4508,18 +4441,12 @@ class Master:
 
     # -- workers come and go --
 
-    def keep_up(self) -> None:
-        """Fork what is missing."""
-        while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
-            self.fork()
-
     def missing(self) -> int:
         return self.wanted - sum(not process.retiring for process in self.workers.values())
 
     def fork(self) -> None:
         used = {process.slot for process in self.workers.values()}
         slot = next(n for n in range(MAX_WORKERS) if n not in used)
-        self.board.clear(slot)
         ours, theirs = socket.socketpair()
         flush_output()
         signal.pthread_sigmask(signal.SIG_BLOCK, self.handled)  # or our handler takes the child's
@@ -4544,11 +4471,12 @@ class Master:
                 process.link.close()
             for sock in self.sockets:  # they come again over the link
                 sock.close()
-            enable_faulthandler()
+            if sys.__stderr__ is not None:  # SIGABRT makes a hung worker show its stacks
+                import faulthandler
+                faulthandler.enable(2)
             if "random" in sys.modules:  # or all workers would draw the same numbers
                 sys.modules["random"].seed()
-            serve = partial(serve_as_child, link, self.board, slot)
-            status = boot(serve, self.load, self.reloads)
+            status = boot(partial(self.serve, link, slot), self.load, self.reloads)
             if self.reloads:  # code that was imported here: what it has registered runs here
                 atexit._run_exitfuncs()
         except BaseException as error:
@@ -4556,6 +4484,19 @@ class Master:
         finally:
             flush_output()
             os._exit(status)
+
+    def serve(self, link: socket.socket, slot: int, app: Callable, options: dict) -> None:
+        """In a worker: ask the master for the listeners, and serve until it says stop."""
+        settings = Settings(**{**self.defaults, **options, **self.flags})
+        send_message(link, {"settings": vars(settings)})
+        _, sockets = receive_message(link)
+        worker = Served(app, sockets, settings, self.board, slot, link)
+        handle({signal.SIGTERM: lambda number, frame: worker.drain(),
+                signal.SIGQUIT: lambda number, frame: worker.stop()})
+        worker.bell.on_signals()
+        worker.on_heartbeat(monotonic())
+        send_message(link, {"ready": os.getpid()})
+        worker.monitor()
 
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
@@ -4571,46 +4512,40 @@ class Master:
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll(timeout * 1000):
             if fd == self.bell.fd:
-                self.bell.drain()
+                for number in self.bell.drain():
+                    self.obey(number)
             else:
                 self.listen_to(links[fd])
 
     def listen_to(self, process: Process) -> None:
-        """A worker has something to say: what run() was given, or that it serves."""
+        """A worker has something to say: its settings, that it serves, or that it will end."""
         try:
             message, _ = receive_message(process.link)
         except (EOFError, OSError, ValueError):
-            process.link.close()
-            return
+            return process.link.close()
         if "retiring" in message:
             process.retiring = True
-            return
-        if "ready" in message:
+        elif "ready" in message:
             process.ready = True
             if not self.served:
                 self.served = True
                 print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}")
-            return
+        else:
+            self.give_listeners(process, Settings(**message["settings"]))
+
+    def give_listeners(self, process: Process, settings: Settings) -> None:
+        """What the first worker says holds: only now it is known where to listen."""
         try:
-            self.settle(message["options"])
+            if self.settings is None:
+                self.sockets = bind_all(settings.bind)
+                self.settings = settings
+                self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
+            send_message(process.link, {}, [sock.fileno() for sock in self.sockets])
         except (UsageError, StartError) as error:
             self.status = report(error)
-            return self.stop(signal.SIGKILL)
-        values = {name: getattr(self.settings, name) for name, _, _ in SETTINGS}
-        try:
-            send_message(process.link, {"settings": values},
-                         [sock.fileno() for sock in self.sockets])
+            self.stop(signal.SIGKILL)
         except OSError:  # it has ended meanwhile
             pass
-
-    def settle(self, options: dict) -> None:
-        """The first worker has booted: now the settings are known, and the listeners bound."""
-        if self.settings is not None:
-            return
-        settings = Settings(**{**self.defaults, **options, **self.flags})
-        self.sockets = bind_all(settings.bind)
-        self.settings = settings
-        self.wanted = max(1, count_workers(settings.workers))  # 0 comes too late: here is a master
 
     def reap(self) -> None:
         """Take leave of the workers that have ended. As PID 1, of any orphan too."""
@@ -4622,7 +4557,7 @@ class Master:
             process = self.workers.pop(ended, None)
             if process is not None:
                 process.link.close()
-                self.board.clear(process.slot)
+                self.board[2 * process.slot] = self.board[2 * process.slot + 1] = 0.0
                 self.on_end(process, wait_status)
             elif pid == -1 and ended <= 0:
                 return
@@ -4643,8 +4578,7 @@ class Master:
             return self.stop(signal.SIGKILL)
         lived = monotonic() - process.began
         self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
-        pause = BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1] if self.failures \
-            else 0
+        pause = min(2 ** min(self.failures, 10) // 2, MAX_BACKOFF_SECONDS)
         self.fork_at = monotonic() + pause
         log.error("worker %s %s after %.0f s; a new one starts %s", process.pid, cause, lived,
                   f"in {pause} s" if pause else "now")
@@ -4657,7 +4591,7 @@ class Master:
                 if now > self.stopping:
                     self.kill(process, signal.SIGKILL)
                 continue
-            beat = self.board.beats[process.slot]
+            beat = self.board[2 * process.slot]
             if process.killed_at:
                 if now > process.killed_at + 1.0:
                     self.kill(process, signal.SIGKILL)
@@ -4744,15 +4678,6 @@ def flush_output() -> None:
     """Before a fork, or both processes would write what is buffered."""
     write_to(sys.stdout)
     write_to(sys.stderr)
-
-
-def enable_faulthandler() -> None:
-    """So that SIGABRT makes a hung worker show its stacks."""
-    import faulthandler
-    try:
-        faulthandler.enable()
-    except (OSError, ValueError, AttributeError, RuntimeError):  # no stderr
-        pass
 
 
 def count_workers(text: str) -> int:
