@@ -3224,20 +3224,15 @@ class Loop:
             self.paused = False
             for fd in self.listeners:
                 self.poller.register(fd, IN)
-        if self.waiting:
-            self.expire_jobs(me, now)
-        if self.draining:
-            self.drain_idle(me, now)
-        if now >= self.sweep_at:
-            self.expire(me, now)
-
-    def expire_jobs(self, me: Hand, now: float) -> None:
-        """Refuse what has waited too long for a thread."""
-        try:
+        try:  # refuse what has waited too long for a thread
             while me.holds and now > self.waiting[0][0] + self.settings.queue_timeout:
                 self.take_job(me)
         except IndexError:  # there are no more
             pass
+        if self.draining:
+            self.drain_idle(me, now)
+        if now >= self.sweep_at:
+            self.expire(me, now)
 
     def drain_idle(self, me: Hand, now: float) -> None:
         """Close the listeners, when their backlog is empty, and what has been idle for a while; a
@@ -3839,10 +3834,7 @@ class Worker(Loop):
         if x.chunked:
             data += LAST_CHUNK
         self.close_result(x, me)
-        if data:
-            self.send(x, data, monotonic(), me)
-        else:
-            self.finish(x, monotonic(), me)
+        self.send(x, data, monotonic(), me)
 
     def send(self, x: Exchange, data: Any, now: float, me: Hand) -> None:
         """Send the last bytes of an answer; what the socket does not take, the loop sends."""
@@ -4297,7 +4289,7 @@ class Served(Worker):
         """The master starts another worker; this one ends what else it has begun."""
         super().on_hung(hand, seconds)
         if not self.draining:
-            send_message(self.link, {"retiring": os.getpid()})
+            tell(self.link, {"retiring": os.getpid()})
             self.drain()
 
     def is_crowded(self) -> bool:
@@ -4341,25 +4333,20 @@ def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
-def send_message(link: socket.socket, message: dict, fds: Iterable[int] = ()) -> None:
-    """One JSON line, with descriptors (SCM_RIGHTS)."""
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-    link.sendmsg([json_dumps(message).encode("utf-8") + b"\n"], rights)
+def tell(link: socket.socket, message: dict) -> None:
+    """The master: one JSON line."""
+    link.sendall(json_dumps(message).encode("utf-8") + b"\n")
 
 
-def receive_message(link: socket.socket) -> Tuple[dict, List[socket.socket]]:
-    """Raises EOFError when the other end is gone."""
-    data, sockets = b"", []
-    while not data.endswith(b"\n"):
-        piece, rights, _, _ = link.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 64))
-        if not piece:
-            raise EOFError
-        data += piece
-        for level, kind, payload in rights:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array("i", payload[:len(payload) // 4 * 4])
-                sockets += [socket.socket(fileno=fd) for fd in fds]
-    return json_loads(data), sockets
+def receive_sockets(link: socket.socket) -> List[socket.socket]:
+    """The master's listeners (SCM_RIGHTS). Raises EOFError when it is gone."""
+    data, rights, _, _ = link.recvmsg(1, socket.CMSG_SPACE(4 * 64))
+    if not data:
+        raise EOFError
+    fds = array("i")
+    for _, _, payload in rights:
+        fds.frombytes(payload)
+    return [socket.socket(fileno=fd) for fd in fds]
 
 
 class Process:
@@ -4400,13 +4387,15 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        kept = handle(dict.fromkeys(self.handled, lambda number, frame: None))
         self.bell.on_signals()
+        kept = handle(dict.fromkeys(self.handled, lambda number, frame: None))
         try:
             while self.workers or not self.stopping:
                 while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
                     self.fork()
                 self.wait()
+                for number in self.bell.drain():
+                    self.obey(number)
                 self.reap()
                 self.watch()
         finally:
@@ -4488,14 +4477,13 @@ class Master:
     def serve(self, link: socket.socket, slot: int, app: Callable, options: dict) -> None:
         """In a worker: ask the master for the listeners, and serve until it says stop."""
         settings = Settings(**{**self.defaults, **options, **self.flags})
-        send_message(link, {"settings": vars(settings)})
-        _, sockets = receive_message(link)
-        worker = Served(app, sockets, settings, self.board, slot, link)
+        tell(link, {"settings": vars(settings)})
+        worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
         handle({signal.SIGTERM: lambda number, frame: worker.drain(),
                 signal.SIGQUIT: lambda number, frame: worker.stop()})
         worker.bell.on_signals()
         worker.on_heartbeat(monotonic())
-        send_message(link, {"ready": os.getpid()})
+        tell(link, {"ready": os.getpid()})
         worker.monitor()
 
     def wait(self) -> None:
@@ -4511,17 +4499,15 @@ class Master:
         for fd in links:
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll(timeout * 1000):
-            if fd == self.bell.fd:
-                for number in self.bell.drain():
-                    self.obey(number)
-            else:
+            if fd in links:
                 self.listen_to(links[fd])
 
     def listen_to(self, process: Process) -> None:
         """A worker has something to say: its settings, that it serves, or that it will end."""
         try:
-            message, _ = receive_message(process.link)
-        except (EOFError, OSError, ValueError):
+            with process.link.makefile("rb", buffering=0) as lines:
+                message = json_loads(lines.readline())
+        except (OSError, ValueError):  # it has ended
             return process.link.close()
         if "retiring" in message:
             process.retiring = True
@@ -4540,7 +4526,8 @@ class Master:
                 self.sockets = bind_all(settings.bind)
                 self.settings = settings
                 self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
-            send_message(process.link, {}, [sock.fileno() for sock in self.sockets])
+            fds = array("i", [sock.fileno() for sock in self.sockets])
+            process.link.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except (UsageError, StartError) as error:
             self.status = report(error)
             self.stop(signal.SIGKILL)
@@ -4804,15 +4791,14 @@ class Server:
         self.thread.start()
         return self
 
+    __enter__ = start
+
     def stop(self) -> None:
         """From any thread: end what is begun, within `grace`, and free the port."""
         if self.thread.ident is None:  # it was not started
             return self.worker.shut_down()
         self.worker.drain()
         self.thread.join(self.worker.settings.grace + 2.0)
-
-    def __enter__(self) -> "Server":
-        return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
