@@ -2698,7 +2698,7 @@ MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread t
 SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
-PAUSE_SECONDS = 0.5         # no descriptors, or at max_connections: the listeners are left so long
+PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
 ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
 DRAIN_IDLE_SECONDS = 2.0    # a draining worker closes what stays idle for so long (RFC 9112 9.3.1)
 SHUT_DOWN_SECONDS = 0.2     # threads that no user code holds end in less
@@ -2792,11 +2792,10 @@ class Hand:
 class Listener:
     """A bound socket, and the part of the environ that is the same for all its requests."""
 
-    __slots__ = ("sock", "fd", "template")
+    __slots__ = ("sock", "template")
 
     def __init__(self, sock: socket.socket, template: Template) -> None:
         self.sock = sock
-        self.fd = sock.fileno()
         self.template = template
 
 
@@ -2841,7 +2840,6 @@ class Loop:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.poller: Any = select.epoll() if hasattr(select, "epoll") else SelectorPoll()
-        self.wakes_poller = hasattr(select, "epoll")  # a change is seen by a poll that runs
         self.waker = Waker()           # wakes the loop
         self.bell = Waker()            # wakes the monitor
         self.watched: Dict[int, Callable[[], object]] = {self.waker.fd: self.waker.drain}
@@ -3016,14 +3014,13 @@ class Loop:
                     continue
                 me.since = 0.0
                 self.spares.append(me)
-            if me.wake.acquire(timeout=SPARE_SECONDS):
-                continue
-            with self.lock:
-                if me in self.spares:
-                    self.spares.remove(me)
-                    self.hands.remove(me)
-                    return
-            me.wake.acquire()  # it was promised meanwhile
+            if not me.wake.acquire(timeout=SPARE_SECONDS):
+                with self.lock:
+                    if me in self.spares:
+                        self.spares.remove(me)
+                        self.hands.remove(me)
+                        return
+                me.wake.acquire()  # it was promised meanwhile
 
     def take_job(self, me: Hand) -> None:
         """Call for the request that waits longest, or refuse it if it has waited too long."""
@@ -3151,7 +3148,7 @@ class Loop:
             if self.ready.get(c.fd) is c and c.mask != c.want and not self.over:
                 c.mask = c.want
                 self.poller.modify(c.fd, c.want)
-        if not self.wakes_poller:
+        if type(self.poller) is SelectorPoll:  # a poll that runs does not see the change
             self.waker.wake()
 
     def give(self, c: Connection) -> None:
@@ -3181,9 +3178,8 @@ class Loop:
     def accept(self, listener: Listener) -> bool:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
-            full = len(self.connections) >= self.settings.max_connections
-            if full or not self.draining and self.is_crowded():
-                self.pause(PAUSE_SECONDS if full else MONITOR_SECONDS)
+            if self.is_full():
+                self.pause(MONITOR_SECONDS)
                 return False
             try:
                 sock, peer = listener.sock.accept()
@@ -3205,9 +3201,9 @@ class Loop:
             self.poller.register(c.fd, IN)
         return True
 
-    def is_crowded(self) -> bool:
-        """Has this worker more than its share of the connections?"""
-        return False
+    def is_full(self) -> bool:
+        """Has this worker all the connections that it may have?"""
+        return len(self.connections) >= self.settings.max_connections
 
     def pause(self, seconds: float) -> None:
         """Leave the listeners for so long, or until a connection ends."""
@@ -3581,7 +3577,7 @@ class Worker(Loop):
         c.buf = rest
         environ["REMOTE_ADDR"] = c.addr
         environ["REMOTE_PORT"] = c.port
-        x = new_exchange(Exchange)
+        x = c.exchange = new_exchange(Exchange)
         x.begin(self, c, environ)
         plan = self.plan  # FAST: two steps, which CPython 3.11 specializes; one it does not
         x.plan = plan(environ)
@@ -3621,7 +3617,6 @@ class Worker(Loop):
             if expect and expect != "100-continue":
                 raise ExpectationFailed(f"Expect {expect[:80]!r} is not supported")
         except BadRequest as error:
-            c.exchange = x
             return self.refuse(c, error, me)
         if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
             if length:
@@ -3640,7 +3635,6 @@ class Worker(Loop):
         buf = bytearray(c.buf)
         decoder = iter_chunked(buf, limit) if length < 0 else iter_counted(buf, length)
         c.buf = b""
-        c.exchange = x
         if plan.stream:
             x.body = StreamInput(x, decoder, buf, expects)
             environ["wsgi.input"] = io.BufferedReader(x.body, RECV_BYTES)
@@ -3671,7 +3665,6 @@ class Worker(Loop):
                 body.file.seek(0)
                 x.environ["CONTENT_LENGTH"] = str(body.received)
                 x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
-                c.exchange = None
                 return self.call(x, me)
         except BadRequest as error:
             return self.refuse_body(x, error, me)
@@ -3682,12 +3675,10 @@ class Worker(Loop):
     def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
         """Our application makes its own page of it, with its hooks; for others we do."""
         if not self.routes or not isinstance(error, ContentTooLarge):
-            x.connection.exchange = x
             return self.refuse(x.connection, error, me)
         x.environ["minibottle.refused"] = error
         x.environ["minibottle.route"] = None
         x.ending = CLOSE
-        x.connection.exchange = None
         self.call(x, me)
 
     # -- the call --
@@ -3855,7 +3846,6 @@ class Worker(Loop):
         if sent or c.phase != WRITE:
             c.deadline = now + self.settings.write_timeout
             x.queued = bytes_queued(c.sock)
-        c.exchange = x
         c.phase = WRITE
         c.want = OUT
         self.give(c)
@@ -3927,7 +3917,6 @@ class Worker(Loop):
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
         x.result = result
-        x.connection.exchange = x
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
@@ -4086,7 +4075,7 @@ class Worker(Loop):
         x = c.exchange
         if x is None:
             method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
-            x = new_exchange(Exchange)
+            x = c.exchange = new_exchange(Exchange)
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         c.buf = b""
@@ -4292,10 +4281,11 @@ class Served(Worker):
             tell(self.link, {"retiring": os.getpid()})
             self.drain()
 
-    def is_crowded(self) -> bool:
-        """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
-        if self.workers < 2:
-            return False
+    def is_full(self) -> bool:
+        """Or more than its share? The kernel does not balance: the worker that is awake takes
+        nearly all of a burst."""
+        if super().is_full() or self.workers < 2 or self.draining:
+            return super().is_full()
         count = self.board[2 * self.slot + 1] = len(self.connections)
         end = 4 * self.workers  # those that end have slots, too
         mean = sum(self.board[1:end:2]) / max(1, sum(map(bool, self.board[0:end:2])))
@@ -4359,7 +4349,7 @@ class Process:
         self.began = monotonic()
         self.ready = False
         self.retiring = False  # it ends by itself, and another takes its place
-        self.killed_at = 0.0  # when it was told to end for want of a heartbeat
+        self.kill_at = 0.0     # it was told to end, for want of a heartbeat, before then
 
 
 class Master:
@@ -4399,11 +4389,8 @@ class Master:
                 self.reap()
                 self.watch()
         finally:
-            for process in self.workers.values():
-                self.kill(process, signal.SIGKILL)
+            self.stop(signal.SIGKILL)
             handle(kept)
-            for sock in self.sockets:
-                sock.close()
             unlink_sockets()
             self.bell.close()
         return self.status
@@ -4489,7 +4476,7 @@ class Master:
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
         timeout = heartbeat_of(self.settings or DEFAULTS)
-        if self.stopping or any(p.killed_at for p in self.workers.values()):
+        if self.stopping or any(p.kill_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
             timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
@@ -4573,20 +4560,16 @@ class Master:
     def watch(self) -> None:
         """End a worker whose heart does not beat (code that keeps the GIL) or does not stop."""
         now = monotonic()
-        for process in list(self.workers.values()):
-            if self.stopping:
-                if now > self.stopping:
-                    self.kill(process, signal.SIGKILL)
-                continue
+        for process in self.workers.values():
             beat = self.board[2 * process.slot]
-            if process.killed_at:
-                if now > process.killed_at + 1.0:
+            deadline = self.stopping or process.kill_at
+            if deadline:
+                if now > deadline:
                     self.kill(process, signal.SIGKILL)
-            elif process.ready and beat and now - beat > self.settings.worker_timeout + \
-                    HEARTBEAT_SECONDS:
+            elif process.ready and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
                 log.error("worker %s gives no sign of life for %.0f s (worker_timeout): it is "
                           "ended, and its threads are below", process.pid, now - beat)
-                process.killed_at = now
+                process.kill_at = now + 1.0
                 self.kill(process, signal.SIGABRT)
 
 
