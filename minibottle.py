@@ -1197,6 +1197,30 @@ def value_of_part(part: FileUpload) -> Union[str, FileUpload]:
     return part if part.raw_filename else part.file.read().decode("utf-8", "replace")
 
 
+def read_pieces(file: BinaryIO, left: int) -> Iterator[bytes]:
+    """At most so many bytes of a file."""
+    while left:
+        piece = file.read(min(left, PIECE_BYTES))
+        if not piece:
+            return
+        left -= len(piece)
+        yield piece
+
+
+def read_chunked(file: BinaryIO, max_body: int) -> Iterator[bytes]:
+    """What a chunked body holds, read by the line and so never past its end."""
+    buf = bytearray()
+    last = iter((b"\r\n",))  # the empty line at the end is often forgotten
+    for piece in iter_chunked(buf, max_body):
+        if piece:
+            yield piece
+        else:
+            line = file.readline(PIECE_BYTES) or next(last, b"")
+            if not line:
+                raise BadRequest("the body ends within a chunk")
+            buf += line
+
+
 def spool(file: BinaryIO, piece: bytes, threshold: int) -> BinaryIO:
     """Write `piece` to `file`, which becomes a temporary one above `threshold` bytes; return it."""
     if type(file) is io.BytesIO and file.tell() + len(piece) > threshold:
@@ -1576,14 +1600,14 @@ class Request:
         left = self.content_length
         if left > limits.max_body:
             raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
-        if left < 0:
-            left = limits.max_body + 1 if environ.get("wsgi.input_terminated") else 0
         copy: BinaryIO = io.BytesIO()
-        while left:
-            piece = source.read(min(left, PIECE_BYTES))
-            if not piece:
-                break
-            left -= len(piece)
+        if environ.get("wsgi.input_terminated"):
+            pieces = read_pieces(source, left if left >= 0 else limits.max_body + 1)
+        elif self.chunked:  # PEP 3333 does not say who decodes; this server has not
+            pieces = read_chunked(source, limits.max_body)
+        else:
+            pieces = read_pieces(source, max(left, 0))
+        for piece in pieces:
             copy = spool(copy, piece, limits.spool_threshold)
         if copy.tell() > limits.max_body:
             raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
@@ -1708,11 +1732,15 @@ class LocalRequest(Request):
     __init__ = bind
 
     @property
-    def environ(self) -> Dict[str, Any]:  # type: ignore[override]
+    def environ(self) -> Dict[str, Any]:
         try:
             return CURRENT.get()
         except LookupError:
             raise RuntimeError("Request context not initialized.") from None
+
+    @environ.setter
+    def environ(self, environ: dict) -> None:
+        CURRENT.set(environ)
 
 
 class Response:
@@ -4033,7 +4061,7 @@ MONITOR_SECONDS = 0.005     # a call that lasts longer costs the loop's thread t
 SPARE_SECONDS = 10.0        # an unused thread ends
 SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
-PAUSE_SECONDS = 0.5         # no descriptors, or at max_connections: the listeners are left so long
+PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
 ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
 DRAIN_IDLE_SECONDS = 2.0    # a draining worker closes what stays idle for so long (RFC 9112 9.3.1)
 SHUT_DOWN_SECONDS = 0.2     # threads that no user code holds end in less
@@ -4087,11 +4115,11 @@ class Waker:
         except OSError:  # full: it wakes anyway
             pass
 
-    def drain(self) -> None:
+    def drain(self) -> bytes:
         try:
-            self.reader.recv(4096)
+            return self.reader.recv(4096)
         except OSError:
-            pass
+            return b""
 
     def wait(self, timeout: float) -> None:
         self.reader.settimeout(timeout)
@@ -4127,11 +4155,10 @@ class Hand:
 class Listener:
     """A bound socket, and the part of the environ that is the same for all its requests."""
 
-    __slots__ = ("sock", "fd", "template")
+    __slots__ = ("sock", "template")
 
     def __init__(self, sock: socket.socket, template: Template) -> None:
         self.sock = sock
-        self.fd = sock.fileno()
         self.template = template
 
 
@@ -4165,18 +4192,17 @@ class Loop:
 
     on_event: Callable[[Connection, Hand], None]     # the poller has seen it
     advance: Callable[[Connection, Hand], None]      # it has bytes of a next request
-    call: Callable[["Exchange", Hand], None]         # its request has a thread
-    on_queue_full: Callable[["Exchange", Hand], None]  # its request has none in time
     on_expired: Callable[[Connection, Hand], None]   # its deadline has passed
-    on_failure: Callable[[Connection, BaseException, Hand], None]  # our own code raised
-    release: Callable[["Exchange", Hand], None]      # its request will not be answered
+    refuse: Callable[[Connection, BaseException, Hand], None]  # our own code failed
+    call: Callable[["Exchange", Hand], None]         # a request has a thread
+    on_error: Callable[["Exchange", BaseException, Hand], None]  # it has none in time
+    release: Callable[["Exchange", Hand], None]      # it will not be answered
     on_turn: Callable[[Hand], None]                  # after each poll
     on_hung: Callable[[Hand, float], None]           # a call lasts too long
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.poller: Any = select.epoll() if hasattr(select, "epoll") else SelectorPoll()
-        self.wakes_poller = hasattr(select, "epoll")  # a change is seen by a poll that runs
         self.waker = Waker()           # wakes the loop
         self.bell = Waker()            # wakes the monitor
         self.watched: Dict[int, Callable[[], object]] = {self.waker.fd: self.waker.drain}
@@ -4312,8 +4338,7 @@ class Loop:
             with self.lock:
                 self.holder = self.nobody
                 self.nobody.table.append(monotonic())
-            if not self.hand_over() and self.asleep:
-                self.rouse()
+            self.hand_over()
 
     # -- threads --
 
@@ -4352,14 +4377,13 @@ class Loop:
                     continue
                 me.since = 0.0
                 self.spares.append(me)
-            if me.wake.acquire(timeout=SPARE_SECONDS):
-                continue
-            with self.lock:
-                if me in self.spares:
-                    self.spares.remove(me)
-                    self.hands.remove(me)
-                    return
-            me.wake.acquire()  # it was promised meanwhile
+            if not me.wake.acquire(timeout=SPARE_SECONDS):
+                with self.lock:
+                    if me in self.spares:
+                        self.spares.remove(me)
+                        self.hands.remove(me)
+                        return
+                me.wake.acquire()  # it was promised meanwhile
 
     def take_job(self, me: Hand) -> None:
         """Call for the request that waits longest, or refuse it if it has waited too long."""
@@ -4369,7 +4393,9 @@ class Loop:
             return
         try:
             if monotonic() > queued + self.settings.queue_timeout:
-                self.on_queue_full(x, me)
+                self.on_error(x, ServiceUnavailable(
+                    f"no thread was free within {self.settings.queue_timeout} s "
+                    f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
             else:
                 self.call(x, me)
         except Exception as error:
@@ -4396,12 +4422,10 @@ class Loop:
         try:
             return function(*args)
         finally:
-            if me.holds:
-                try:
-                    me.table.pop()
-                except IndexError:  # the monitor took it: another thread has the loop
-                    me.holds = False
-            if not me.holds:
+            try:
+                me.table.pop()
+            except IndexError:  # the monitor took it, if there was one: another thread has the loop
+                me.holds = False
                 me.since = 0.0
 
     # -- the loop --
@@ -4453,9 +4477,10 @@ class Loop:
     def guard(self, c: Connection, error: BaseException, me: Hand) -> None:
         """A failure of our own code: it costs this connection."""
         try:
-            self.on_failure(c, error, me)
+            self.refuse(c, error, me)
         except Exception as second:
             log.error("failed to close a connection", exc_info=second)
+            self.close(c)
 
     def on_other_event(self, fd: int) -> None:
         if fd in self.watched:
@@ -4486,7 +4511,7 @@ class Loop:
             if self.ready.get(c.fd) is c and c.mask != c.want and not self.over:
                 c.mask = c.want
                 self.poller.modify(c.fd, c.want)
-        if not self.wakes_poller:
+        if type(self.poller) is SelectorPoll:  # a poll that runs does not see the change
             self.waker.wake()
 
     def give(self, c: Connection) -> None:
@@ -4513,18 +4538,10 @@ class Loop:
 
     # -- listeners --
 
-    def listen(self, listener: Listener) -> None:
-        self.listeners[listener.fd] = listener
-        listener.sock.setblocking(False)
-        self.poller.register(listener.fd, IN)
-
     def accept(self, listener: Listener) -> bool:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
-            if len(self.connections) >= self.settings.max_connections:
-                self.pause(PAUSE_SECONDS)
-                return False
-            if not self.draining and self.is_crowded():
+            if self.is_full():
                 self.pause(MONITOR_SECONDS)
                 return False
             try:
@@ -4547,9 +4564,9 @@ class Loop:
             self.poller.register(c.fd, IN)
         return True
 
-    def is_crowded(self) -> bool:
-        """Has this worker more than its share of the connections?"""
-        return False
+    def is_full(self) -> bool:
+        """Has this worker all the connections that it may have?"""
+        return len(self.connections) >= self.settings.max_connections
 
     def pause(self, seconds: float) -> None:
         """Leave the listeners for so long, or until a connection ends."""
@@ -4559,30 +4576,22 @@ class Loop:
             for fd in self.listeners:
                 self.poller.unregister(fd)
 
-    def resume(self) -> None:
-        self.paused = False
-        for fd in self.listeners:
-            self.poller.register(fd, IN)
-
     # -- deadlines --
 
     def sweep(self, me: Hand, now: float) -> None:
         if self.paused and now >= self.resume_at:
-            self.resume()
-        if self.waiting:
-            self.expire_jobs(me, now)
-        if self.draining:
-            self.drain_idle(me, now)
-        if now >= self.sweep_at:
-            self.expire(me, now)
-
-    def expire_jobs(self, me: Hand, now: float) -> None:
-        """Refuse what has waited too long for a thread."""
-        try:
+            self.paused = False
+            for fd in self.listeners:
+                self.poller.register(fd, IN)
+        try:  # refuse what has waited too long for a thread
             while me.holds and now > self.waiting[0][0] + self.settings.queue_timeout:
                 self.take_job(me)
         except IndexError:  # there are no more
             pass
+        if self.draining:
+            self.drain_idle(me, now)
+        if now >= self.sweep_at:
+            self.expire(me, now)
 
     def drain_idle(self, me: Hand, now: float) -> None:
         """Close the listeners, when their backlog is empty, and what has been idle for a while; a
@@ -4728,7 +4737,7 @@ class Exchange:
         """PEP 3333's write(), which start_response returns: sent before it returns."""
         if not isinstance(data, bytes):
             raise TypeError(f"write() takes bytes, not {type(data).__name__}")
-        if not self.worker.send_now(self, self.worker.frame(self, data)):
+        if not self.worker.transmit(self, self.worker.frame(self, data), None):
             raise ClientGone("while the answer was sent")
 
     def describe(self) -> str:
@@ -4774,8 +4783,10 @@ class StreamInput(io.RawIOBase):
         return True
 
     def readinto(self, target: Any) -> int:
+        self.decode()
         while not self.piece and not self.ended:
-            self.fill()
+            self.receive()
+            self.decode()
         taken = self.piece[:len(target)]
         target[:len(taken)] = taken
         self.piece = self.piece[len(taken):]
@@ -4783,27 +4794,23 @@ class StreamInput(io.RawIOBase):
 
     def is_done(self) -> bool:
         """Is it read to its end? Does not wait."""
-        if not self.piece and not self.ended:
-            try:
-                self.fill_from_buffer()
-            except BadRequest:  # nobody reads it any more
-                pass
+        try:
+            self.decode()
+        except BadRequest:  # nobody reads it any more
+            pass
         return self.ended
 
-    def fill_from_buffer(self) -> None:
+    def decode(self) -> None:
+        """The next piece of what is here, or the end."""
         try:
-            self.piece = next(self.decoder)
+            self.piece = self.piece or next(self.decoder)
         except StopIteration:
             self.ended = True
         except BadRequest:  # nobody knows where the next request begins
             self.exchange.ending = CLOSE
             raise
 
-    def fill(self) -> None:
-        """The next piece, or the end."""
-        self.fill_from_buffer()
-        if self.ended or self.piece:
-            return
+    def receive(self) -> None:
         c = self.exchange.connection
         settings = self.exchange.worker.settings
         c.sock.settimeout(settings.body_timeout)
@@ -4853,7 +4860,9 @@ class Worker(Loop):
             log.warning("there is no place for temporary files: max_body is %s bytes",
                         settings.max_body)
         for sock in sockets:
-            self.listen(Listener(sock, self.template(sock)))
+            sock.setblocking(False)
+            self.listeners[sock.fileno()] = Listener(sock, self.template(sock))
+            self.poller.register(sock.fileno(), IN)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -4901,8 +4910,10 @@ class Worker(Loop):
             return self.give(c)
         except OSError:
             data = b""
-        if not data:
-            return self.on_end(c, me)
+        if not data:  # what is begun here cannot be completed
+            if c.exchange is not None:
+                self.release(c.exchange, me)
+            return self.close(c)
         if c.phase == IDLE:
             c.buf = data
             return self.advance(c, me)
@@ -4913,13 +4924,6 @@ class Worker(Loop):
             return self.give(c)
         c.exchange.body.buf += data
         self.collect(c.exchange, me)
-
-    def on_end(self, c: Connection, me: Hand) -> None:
-        """The peer sends no more: nothing that is begun here can be completed."""
-        x = c.exchange
-        self.close(c)
-        if x is not None and x.body is not None:
-            x.body.close()
 
     def advance(self, c: Connection, me: Hand) -> None:
         """c.buf has bytes of a head, and perhaps of what follows it."""
@@ -4936,7 +4940,7 @@ class Worker(Loop):
         c.buf = rest
         environ["REMOTE_ADDR"] = c.addr
         environ["REMOTE_PORT"] = c.port
-        x = new_exchange(Exchange)
+        x = c.exchange = new_exchange(Exchange)
         x.begin(self, c, environ)
         plan = self.plan  # FAST: two steps, which CPython 3.11 specializes; one it does not
         x.plan = plan(environ)
@@ -4976,7 +4980,6 @@ class Worker(Loop):
             if expect and expect != "100-continue":
                 raise ExpectationFailed(f"Expect {expect[:80]!r} is not supported")
         except BadRequest as error:
-            c.exchange = x
             return self.refuse(c, error, me)
         if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
             if length:
@@ -4995,7 +4998,6 @@ class Worker(Loop):
         buf = bytearray(c.buf)
         decoder = iter_chunked(buf, limit) if length < 0 else iter_counted(buf, length)
         c.buf = b""
-        c.exchange = x
         if plan.stream:
             x.body = StreamInput(x, decoder, buf, expects)
             environ["wsgi.input"] = io.BufferedReader(x.body, RECV_BYTES)
@@ -5023,30 +5025,23 @@ class Worker(Loop):
                     body.file = self.user(me, spool, body.file, piece,
                                           self.settings.spool_threshold)
             else:
-                return self.collected(x, me)
+                body.file.seek(0)
+                x.environ["CONTENT_LENGTH"] = str(body.received)
+                x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
+                return self.call(x, me)
         except BadRequest as error:
             return self.refuse_body(x, error, me)
         timeout = self.settings.body_timeout
         c.deadline = min(monotonic(), body.started + body.received / MIN_BODY_RATE) + timeout
         self.give(c)
 
-    def collected(self, x: Exchange, me: Hand) -> None:
-        environ, body = x.environ, x.body
-        body.file.seek(0)
-        environ["CONTENT_LENGTH"] = str(body.received)
-        environ["wsgi.input"] = environ["minibottle.body"] = body.file
-        x.connection.exchange = None
-        self.call(x, me)
-
     def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
         """Our application makes its own page of it, with its hooks; for others we do."""
         if not self.routes or not isinstance(error, ContentTooLarge):
-            x.connection.exchange = x
             return self.refuse(x.connection, error, me)
         x.environ["minibottle.refused"] = error
         x.environ["minibottle.route"] = None
         x.ending = CLOSE
-        x.connection.exchange = None
         self.call(x, me)
 
     # -- the call --
@@ -5069,13 +5064,10 @@ class Worker(Loop):
             result = app(x.environ, x.start_response)
         except BaseException as raised:  # SystemExit too: it ends a request, not a thread of ours
             error = raised
-        if me.holds:
-            try:
-                me.table.pop()
-            except IndexError:  # the monitor took it: another thread has the loop
-                me.holds = False
-                me.since = 0.0
-        else:
+        try:
+            me.table.pop()
+        except IndexError:  # the monitor took it, if there was one: another thread has the loop
+            me.holds = False
             me.since = 0.0
         now = monotonic()
         if now - began > SLOW_SECONDS or x.plan.slow:
@@ -5196,10 +5188,7 @@ class Worker(Loop):
         if x.chunked:
             data += LAST_CHUNK
         self.close_result(x, me)
-        if data:
-            self.send(x, data, monotonic(), me)
-        else:
-            self.finish(x, monotonic(), me)
+        self.send(x, data, monotonic(), me)
 
     def send(self, x: Exchange, data: Any, now: float, me: Hand) -> None:
         """Send the last bytes of an answer; what the socket does not take, the loop sends."""
@@ -5220,7 +5209,6 @@ class Worker(Loop):
         if sent or c.phase != WRITE:
             c.deadline = now + self.settings.write_timeout
             x.queued = bytes_queued(c.sock)
-        c.exchange = x
         c.phase = WRITE
         c.want = OUT
         self.give(c)
@@ -5292,32 +5280,28 @@ class Worker(Loop):
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
         x.result = result
-        x.connection.exchange = x
-        first = None
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
-                first = self.pull(x, me)
+                x.iterator = chain((self.pull(x, me) or b"",), x.iterator)
                 if x.lines is None:
                     raise RuntimeError("the application did not call start_response")
         except BaseException as error:
             return self.on_error(x, error, me)
         if x.head_sent:
-            return self.pump(x, first, me)
+            return self.pump(x, me)
         if x.bodiless:
             self.close_result(x, me)
             return self.send_whole(x, b"", me)
         announced, size = x.length, size_of_file(result)
         if self.negotiate(x, size if announced is None else announced):
-            pieces = x.iterator if first is None else chain((first,), x.iterator)
-            x.iterator = iter_gzip(pieces, self.settings.gzip_level, announced)
-            first = None
+            x.iterator = iter_gzip(x.iterator, self.settings.gzip_level, announced)
         elif size:
             x.length = size if announced is None else announced
             x.offset = result.file.tell()
             x.out = self.make_head(x)
             return self.send_file(x, me)
-        self.pump(x, first, me)
+        self.pump(x, me)
 
     def pull(self, x: Exchange, me: Hand) -> Optional[bytes]:
         """The next piece; None at the end."""
@@ -5326,20 +5310,19 @@ class Worker(Loop):
             raise TypeError(f"a body is made of bytes, not {type(piece).__name__}")
         return piece
 
-    def pump(self, x: Exchange, piece: Optional[bytes], me: Hand) -> None:
+    def pump(self, x: Exchange, me: Hand) -> None:
         """Pull and send: on the loop while the socket takes it at once; what lasts leaves it."""
         budget = TURN_BYTES
         while True:
+            began = monotonic()
             try:
-                if piece is None:
-                    began = monotonic()
-                    piece = self.pull(x, me)
-                    if monotonic() - began > SLOW_SECONDS:
-                        x.plan.blocked()
+                piece = self.pull(x, me)
             except BaseException as error:
                 return self.on_error(x, error, me)
             if piece is None:
-                break
+                return self.send_last(x, b"", me)
+            if monotonic() - began > SLOW_SECONDS:
+                x.plan.blocked()
             if piece and not self.transmit(x, self.frame(x, piece), me):
                 return self.abort(x, me)
             budget -= len(piece)
@@ -5348,8 +5331,6 @@ class Worker(Loop):
                 self.leave(me)
             if not me.holds and x.head_sent and x.chunked and self.has_left(x):
                 return self.abort(x, me)
-            piece = None
-        self.send_last(x, b"", me)
 
     def has_left(self, x: Exchange) -> bool:
         """Has the reader of an event stream closed its side? Others may do so and still listen."""
@@ -5363,31 +5344,21 @@ class Worker(Loop):
         except OSError:
             return True
 
-    def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
-        """Send all of it; where the socket takes no more, leave the loop and wait. False: gone."""
-        try:
-            n = x.connection.sock.send(data)
-        except (BlockingIOError, InterruptedError):
-            n = 0
-        except OSError:
-            return False
-        if n == len(data):
-            return True
-        x.plan.blocked()
-        self.leave(me)
-        return self.send_now(x, memoryview(data)[n:])
-
-    def send_now(self, x: Exchange, data: Any) -> bool:
-        """Send all of it, and wait for the socket. False: gone, or no progress in write_timeout."""
-        sock = x.connection.sock
-        sock.settimeout(self.settings.write_timeout)
-        view = memoryview(data)
-        queued = bytes_queued(sock)
+    def transmit(self, x: Exchange, data: bytes, me: Optional[Hand]) -> bool:
+        """Send all of it; where the socket takes no more, leave the loop (or it is left: None) and
+        wait. False: the client is gone, or there was no progress in write_timeout."""
+        sock, view = x.connection.sock, memoryview(data)
         try:
             while view:
                 try:
                     view = view[sock.send(view):]
                     queued = bytes_queued(sock) if view else 0
+                except (BlockingIOError, InterruptedError):
+                    x.plan.blocked()
+                    if me is not None:
+                        self.leave(me)
+                    queued = bytes_queued(sock)
+                    sock.settimeout(self.settings.write_timeout)
                 except socket.timeout:
                     before, queued = queued, bytes_queued(sock)
                     if queued >= before:
@@ -5395,7 +5366,8 @@ class Worker(Loop):
         except OSError:
             return False
         finally:
-            sock.setblocking(False)
+            if sock.gettimeout():
+                sock.setblocking(False)
         return True
 
     def close_result(self, x: Exchange, me: Hand) -> None:
@@ -5438,20 +5410,18 @@ class Worker(Loop):
     # -- errors --
 
     def on_error(self, x: Exchange, error: BaseException, me: Hand) -> None:
-        """The application raised. Before the head an error page, after it a reset."""
-        if not isinstance(error, (BadRequest, ClientGone)):
+        """The application raised, or we refuse. Before the head an error page, after it a reset."""
+        status, body = "500 Internal Server Error", b"500 Internal Server Error\n"
+        if isinstance(error, BadRequest):
+            note_refusal("%s: %s: %s %s", x.connection.addr, x.describe(), error.status,
+                         printable(error))
+            status, body = format_error(error)
+        elif not isinstance(error, ClientGone):
             log.error("%s: unhandled exception", x.describe(), exc_info=error)
         if x.head_sent:
             return self.abort(x, me)
         self.close_result(x, me)
-        if isinstance(error, BadRequest):  # the body was read as it came
-            return self.answer_error(x, error, me)
-        self.answer(x, me, "500 Internal Server Error", b"500 Internal Server Error\n")
-
-    def answer_error(self, x: Exchange, error: BadRequest, me: Hand) -> None:
-        note_refusal("%s: %s: %s %s", x.connection.addr, x.describe(), error.status,
-                     printable(error))
-        self.answer(x, me, *format_error(error))
+        self.answer(x, me, status, body)
 
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
@@ -5462,18 +5432,18 @@ class Worker(Loop):
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
         self.send_list(x, [body], monotonic(), me)
 
-    def refuse(self, c: Connection, error: BadRequest, me: Hand) -> None:
+    def refuse(self, c: Connection, error: BaseException, me: Hand) -> None:
         """Answer once, close, and never look at the rest: after an error in the framing nobody
         knows where the next request begins."""
         x = c.exchange
         if x is None:
             method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
-            x = new_exchange(Exchange)
+            x = c.exchange = new_exchange(Exchange)
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         c.buf = b""
         x.ending = CLOSE
-        self.answer_error(x, error, me)
+        self.on_error(x, error, me)
 
     def on_expired(self, c: Connection, me: Hand) -> None:
         """A deadline has passed; c is ours."""
@@ -5492,30 +5462,6 @@ class Worker(Loop):
             c.deadline = monotonic() + settings.write_timeout
             return self.give(c)
         self.close(c)
-
-    def on_queue_full(self, x: Exchange, me: Hand) -> None:
-        """No thread was free in time."""
-        self.answer_error(x, ServiceUnavailable(
-            f"no thread was free within {self.settings.queue_timeout} s "
-            f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
-
-    def on_failure(self, c: Connection, error: BaseException, me: Hand) -> None:
-        """Our own code failed: answer 500 if nothing is sent yet, and close."""
-        log.error("a connection failed", exc_info=error)
-        if self.connections.get(c.fd) is not c:
-            return
-        x = c.exchange
-        if x is not None and x.head_sent:
-            return self.abort(x, me)
-        if x is not None:
-            self.release(x, me)
-        try:
-            c.sock.send(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n"
-                        b"Connection: close\r\n\r\n")
-        except OSError:
-            pass
-        c.exchange = None
-        self.farewell(c, me)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
@@ -5655,11 +5601,12 @@ class LogStream(io.TextIOBase):
 # === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target and asks the master, over its own pair of sockets (the link), for settings and
-# listeners; it sends what run() was given, and the master adds what the command line says. Counts
-# and heartbeats are in shared memory, so there is no file.
+# listeners; it sends what run() was given, and the master adds what the command line says. The
+# board is shared memory, two numbers a worker: when its heart last beat (monotonic seconds; 0.0: it
+# does not serve yet) and how many connections it has.
 
 MAX_WORKERS = 1000
-BACKOFF_SECONDS = (1, 2, 4, 8, 16, 30)
+MAX_BACKOFF_SECONDS = 30             # after 1, 2, 4, 8 and 16
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
 
 
@@ -5667,31 +5614,11 @@ class StartError(Exception):
     """The server cannot start: one line for the operator, exit status 1."""
 
 
-class Board:
-    """What workers let each other and the master see, in shared memory; a worker has a slot."""
-
-    def __init__(self) -> None:
-        shared = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
-        self.beats = shared[:MAX_WORKERS]        # monotonic seconds; 0.0: it does not serve yet
-        self.connections = shared[MAX_WORKERS:]
-
-    def write(self, slot: int, connections: int) -> None:
-        self.beats[slot] = monotonic()
-        self.connections[slot] = connections
-
-    def clear(self, slot: int) -> None:
-        self.beats[slot] = self.connections[slot] = 0.0
-
-    def mean(self, slots: int) -> float:
-        """Connections of a worker that serves, on average."""
-        return sum(self.connections[:slots]) / max(1, sum(map(bool, self.beats[:slots])))
-
-
 class Served(Worker):
     """A worker of a master: it shows its counts, and leaves the listeners when it has too many."""
 
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings,
-                 board: Board, slot: int, link: socket.socket) -> None:
+                 board: Any, slot: int, link: socket.socket) -> None:
         super().__init__(app, sockets, settings)
         self.workers = count_workers(settings.workers)
         self.board = board
@@ -5707,22 +5634,25 @@ class Served(Worker):
 
     def on_heartbeat(self, now: float) -> None:
         super().on_heartbeat(now)
-        self.board.write(self.slot, len(self.connections))
+        self.board[2 * self.slot] = now
+        self.board[2 * self.slot + 1] = len(self.connections)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """The master starts another worker; this one ends what else it has begun."""
         super().on_hung(hand, seconds)
         if not self.draining:
-            send_message(self.link, {"retiring": os.getpid()})
+            tell(self.link, {"retiring": os.getpid()})
             self.drain()
 
-    def is_crowded(self) -> bool:
-        """The kernel does not balance: the worker that is awake takes nearly all of a burst."""
-        if self.workers < 2:
-            return False
-        count = len(self.connections)
-        self.board.write(self.slot, count)
-        return count > self.board.mean(2 * self.workers) * 1.125 + 2  # those that end have slots
+    def is_full(self) -> bool:
+        """Or more than its share? The kernel does not balance: the worker that is awake takes
+        nearly all of a burst."""
+        if super().is_full() or self.workers < 2 or self.draining:
+            return super().is_full()
+        count = self.board[2 * self.slot + 1] = len(self.connections)
+        end = 4 * self.workers  # those that end have slots, too
+        mean = sum(self.board[1:end:2]) / max(1, sum(map(bool, self.board[0:end:2])))
+        return count > mean * 1.125 + 2
 
 
 def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> None:
@@ -5751,44 +5681,25 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
         handle(kept)
 
 
-def serve_as_child(link: socket.socket, board: Board, slot: int, app: Callable,
-                   options: dict) -> None:
-    """Ask the master for settings and listeners, and serve until it says stop."""
-    send_message(link, {"options": options})
-    answer, sockets = receive_message(link)
-    worker = Served(app, sockets, Settings(**answer["settings"]), board, slot, link)
-    handle({signal.SIGTERM: lambda number, frame: worker.drain(),
-            signal.SIGQUIT: lambda number, frame: worker.stop()})
-    worker.bell.on_signals()
-    worker.on_heartbeat(monotonic())
-    send_message(link, {"ready": os.getpid()})
-    worker.monitor()
-
-
 def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
     """Let these functions handle these signals; returns those that did before."""
     return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
-def send_message(link: socket.socket, message: dict, fds: Iterable[int] = ()) -> None:
-    """One JSON line, with descriptors (SCM_RIGHTS)."""
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-    link.sendmsg([json_dumps(message).encode("utf-8") + b"\n"], rights)
+def tell(link: socket.socket, message: dict) -> None:
+    """The master: one JSON line."""
+    link.sendall(json_dumps(message).encode("utf-8") + b"\n")
 
 
-def receive_message(link: socket.socket) -> Tuple[dict, List[socket.socket]]:
-    """Raises EOFError when the other end is gone."""
-    data, sockets = b"", []  # type: Tuple[bytes, List[socket.socket]]
-    while not data.endswith(b"\n"):
-        piece, rights, _, _ = link.recvmsg(1 << 16, socket.CMSG_SPACE(4 * 64))
-        if not piece:
-            raise EOFError
-        data += piece
-        for level, kind, payload in rights:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array("i", payload[:len(payload) // 4 * 4])
-                sockets += map(adopt_socket, fds)
-    return json_loads(data), sockets
+def receive_sockets(link: socket.socket) -> List[socket.socket]:
+    """The master's listeners (SCM_RIGHTS). Raises EOFError when it is gone."""
+    data, rights, _, _ = link.recvmsg(1, socket.CMSG_SPACE(4 * 64))
+    if not data:
+        raise EOFError
+    fds = array("i")
+    for _, _, payload in rights:
+        fds.frombytes(payload)
+    return list(map(adopt_socket, fds))
 
 
 def adopt_socket(fd: int) -> socket.socket:
@@ -5810,7 +5721,7 @@ class Process:
         self.began = monotonic()
         self.ready = False
         self.retiring = False  # it ends by itself, and another takes its place
-        self.killed_at = 0.0  # when it was told to end for want of a heartbeat
+        self.kill_at = 0.0     # it was told to end, for want of a heartbeat, before then
 
 
 class Master:
@@ -5824,11 +5735,10 @@ class Master:
         self.reloads = reloads    # load() gets new code; else the application is here already
         self.settings: Any = None  # known when the first worker has booted
         self.sockets: List[socket.socket] = []
-        self.board = Board()
+        self.board = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
         self.workers: Dict[int, Process] = {}
         self.wanted = 1
-        self.bell = Waker()
-        self.signals: List[int] = []
+        self.bell = Waker()       # rung by signals only: it holds their numbers
         self.served = False       # some worker has been ready
         self.stopping = 0.0       # until then workers may end by themselves
         self.status = 0
@@ -5839,32 +5749,25 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        kept = handle(dict.fromkeys(self.handled, self.on_signal))
         self.bell.on_signals()
+        kept = handle(dict.fromkeys(self.handled, lambda number, frame: None))
         try:
             while self.workers or not self.stopping:
-                self.keep_up()
+                while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
+                    self.fork()
                 self.wait()
-                while self.signals:
-                    self.obey(self.signals.pop(0))
+                for number in self.bell.drain():
+                    self.obey(number)
                 self.reap()
                 self.watch()
         finally:
-            for process in self.workers.values():
-                self.kill(process, signal.SIGKILL)
+            self.stop(signal.SIGKILL)
             handle(kept)
-            for sock in self.sockets:
-                sock.close()
             unlink_sockets()
             self.bell.close()
         return self.status
 
-    def on_signal(self, number: int, frame: object) -> None:
-        self.signals.append(number)
-        self.bell.wake()
-
     def obey(self, number: int) -> None:
-        """A signal, outside of its handler."""
         if number in (signal.SIGTERM, signal.SIGINT) and not self.stopping:
             self.stop(signal.SIGTERM)
         elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
@@ -5886,18 +5789,12 @@ class Master:
 
     # -- workers come and go --
 
-    def keep_up(self) -> None:
-        """Fork what is missing."""
-        while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
-            self.fork()
-
     def missing(self) -> int:
         return self.wanted - sum(not process.retiring for process in self.workers.values())
 
     def fork(self) -> None:
         used = {process.slot for process in self.workers.values()}
         slot = next(n for n in range(MAX_WORKERS) if n not in used)
-        self.board.clear(slot)
         ours, theirs = socket.socketpair()
         flush_output()
         signal.pthread_sigmask(signal.SIG_BLOCK, self.handled)  # or our handler takes the child's
@@ -5922,11 +5819,12 @@ class Master:
                 process.link.close()
             for sock in self.sockets:  # they come again over the link
                 sock.close()
-            enable_faulthandler()
+            if sys.__stderr__ is not None:  # SIGABRT makes a hung worker show its stacks
+                import faulthandler
+                faulthandler.enable(2)
             if "random" in sys.modules:  # or all workers would draw the same numbers
                 sys.modules["random"].seed()
-            serve = partial(serve_as_child, link, self.board, slot)
-            status = boot(serve, self.load, self.reloads)
+            status = boot(partial(self.serve, link, slot), self.load, self.reloads)
             if self.reloads:  # code that was imported here: what it has registered runs here
                 atexit._run_exitfuncs()
         except BaseException as error:
@@ -5935,10 +5833,22 @@ class Master:
             flush_output()
             os._exit(status)
 
+    def serve(self, link: socket.socket, slot: int, app: Callable, options: dict) -> None:
+        """In a worker: ask the master for the listeners, and serve until it says stop."""
+        settings = Settings(**{**self.defaults, **options, **self.flags})
+        tell(link, {"settings": vars(settings)})
+        worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
+        handle({signal.SIGTERM: lambda number, frame: worker.drain(),
+                signal.SIGQUIT: lambda number, frame: worker.stop()})
+        worker.bell.on_signals()
+        worker.on_heartbeat(monotonic())
+        tell(link, {"ready": os.getpid()})
+        worker.monitor()
+
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
         timeout = heartbeat_of(self.settings or DEFAULTS)
-        if self.stopping or any(p.killed_at for p in self.workers.values()):
+        if self.stopping or any(p.kill_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
             timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
@@ -5948,48 +5858,41 @@ class Master:
         for fd in links:
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll(timeout * 1000):
-            if fd == self.bell.fd:
-                self.bell.drain()
-            else:
+            if fd in links:
                 self.listen_to(links[fd])
 
     def listen_to(self, process: Process) -> None:
-        """A worker has something to say: what run() was given, or that it serves."""
+        """A worker has something to say: its settings, that it serves, or that it will end."""
         try:
-            message, _ = receive_message(process.link)
-        except (EOFError, OSError, ValueError):
-            process.link.close()
-            return
+            with process.link.makefile("rb", buffering=0) as lines:
+                message = json_loads(lines.readline())
+        except (OSError, ValueError):  # it has ended
+            return process.link.close()
         if "retiring" in message:
             process.retiring = True
-            return
-        if "ready" in message:
+        elif "ready" in message:
             process.ready = True
             if not self.served:
                 self.served = True
                 print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}",
                               self.settings)
-            return
+        else:
+            self.give_listeners(process, Settings(**message["settings"]))
+
+    def give_listeners(self, process: Process, settings: Settings) -> None:
+        """What the first worker says holds: only now it is known where to listen."""
         try:
-            self.settle(message["options"])
+            if self.settings is None:
+                self.sockets = bind_all(settings.bind)
+                self.settings = settings
+                self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
+            fds = array("i", [sock.fileno() for sock in self.sockets])
+            process.link.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except (UsageError, StartError) as error:
             self.status = report(error)
-            return self.stop(signal.SIGKILL)
-        values = {name: getattr(self.settings, name) for name, _, _ in SETTINGS}
-        try:
-            send_message(process.link, {"settings": values},
-                         [sock.fileno() for sock in self.sockets])
+            self.stop(signal.SIGKILL)
         except OSError:  # it has ended meanwhile
             pass
-
-    def settle(self, options: dict) -> None:
-        """The first worker has booted: now the settings are known, and the listeners bound."""
-        if self.settings is not None:
-            return
-        settings = Settings(**{**self.defaults, **options, **self.flags})
-        self.sockets = bind_all(settings.bind)
-        self.settings = settings
-        self.wanted = max(1, count_workers(settings.workers))  # 0 comes too late: here is a master
 
     def reap(self) -> None:
         """Take leave of the workers that have ended. As PID 1, of any orphan too."""
@@ -6001,7 +5904,7 @@ class Master:
             process = self.workers.pop(ended, None)
             if process is not None:
                 process.link.close()
-                self.board.clear(process.slot)
+                self.board[2 * process.slot] = self.board[2 * process.slot + 1] = 0.0
                 self.on_end(process, wait_status)
             elif pid == -1 and ended <= 0:
                 return
@@ -6022,8 +5925,7 @@ class Master:
             return self.stop(signal.SIGKILL)
         lived = monotonic() - process.began
         self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
-        pause = BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1] if self.failures \
-            else 0
+        pause = min(2 ** min(self.failures, 10) // 2, MAX_BACKOFF_SECONDS)
         self.fork_at = monotonic() + pause
         log.error("worker %s %s after %.0f s; a new one starts %s", process.pid, cause, lived,
                   f"in {pause} s" if pause else "now")
@@ -6031,20 +5933,16 @@ class Master:
     def watch(self) -> None:
         """End a worker whose heart does not beat (code that keeps the GIL) or does not stop."""
         now = monotonic()
-        for process in list(self.workers.values()):
-            if self.stopping:
-                if now > self.stopping:
+        for process in self.workers.values():
+            beat = self.board[2 * process.slot]
+            deadline = self.stopping or process.kill_at
+            if deadline:
+                if now > deadline:
                     self.kill(process, signal.SIGKILL)
-                continue
-            beat = self.board.beats[process.slot]
-            if process.killed_at:
-                if now > process.killed_at + 1.0:
-                    self.kill(process, signal.SIGKILL)
-            elif process.ready and beat and now - beat > self.settings.worker_timeout + \
-                    HEARTBEAT_SECONDS:
+            elif process.ready and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
                 log.error("worker %s gives no sign of life for %.0f s (worker_timeout): it is "
                           "ended, and its threads are below", process.pid, now - beat)
-                process.killed_at = now
+                process.kill_at = now + 1.0
                 self.kill(process, signal.SIGABRT)
 
 
@@ -6125,15 +6023,6 @@ def flush_output() -> None:
     """Before a fork, or both processes would write what is buffered."""
     write_to(sys.stdout)
     write_to(sys.stderr)
-
-
-def enable_faulthandler() -> None:
-    """So that SIGABRT makes a hung worker show its stacks."""
-    import faulthandler
-    try:
-        faulthandler.enable()
-    except (OSError, ValueError, AttributeError, RuntimeError):  # no stderr
-        pass
 
 
 def count_workers(text: str) -> int:
@@ -6265,15 +6154,14 @@ class Server:
         self.thread.start()
         return self
 
+    __enter__ = start
+
     def stop(self) -> None:
         """From any thread: end what is begun, within `grace`, and free the port."""
         if self.thread.ident is None:  # it was not started
             return self.worker.shut_down()
         self.worker.drain()
         self.thread.join(self.worker.settings.grace + 2.0)
-
-    def __enter__(self) -> "Server":
-        return self.start()
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
