@@ -6428,22 +6428,6 @@ def required_parameters(function: Callable) -> int:
                and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
 
 
-def load_prepared(given: dict) -> Optional[Callable]:
-    """The target of the command line, with its plugins and configuration; None: it has run."""
-    app: Any = load_target(given["target"])
-    if app is None:
-        return None
-    for path in given["conf"]:
-        if path.endswith(".json"):
-            with open(path, "rb") as file:
-                app.config.load_dict(json_loads(file.read()))
-        else:
-            app.config.load_config(path)
-    pairs = [text.partition("=") for text in given["param"]]
-    configure(app, given["plugin"], {name: value if eq else True for name, eq, value in pairs})
-    return app
-
-
 def make_parser() -> Any:
     """The command line: a flag for each row of SETTINGS, and Bottle's."""
     import argparse
@@ -6469,14 +6453,8 @@ def make_parser() -> Any:
                                 help=f"{meaning} ({default[0]})")
         else:
             parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
-    for flag, metavar, meaning in (
-            ("server", "NAME", "another server: wsgiref, or module:Class"),
-            ("plugin", "TARGET", "install a plugin (repeatable)"),
-            ("conf", "FILE", "configuration of the App: .json or INI (repeatable)"),
-            ("param", "NAME=VALUE", "one value of it (repeatable)")):
-        short = "-C" if flag == "param" else "-" + flag[0]
-        many: Any = {} if flag == "server" else {"action": "append", "default": []}
-        parser.add_argument(short, "--" + flag, metavar=metavar, help=meaning, **many)
+    parser.add_argument("-s", "--server", metavar="NAME",
+                        help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
     return parser
 
@@ -6497,11 +6475,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         Settings(**flags)
         if given["server"]:
-            app = load_prepared(given)
+            app = load_target(given["target"])
             if app is not None:
                 run(app, given["server"], *parse_address(flags.get("bind", DEFAULTS.bind)[0]))
             return 0
-        return start(partial(load_prepared, given), {"access_log": True}, flags, is_target=True)
+        return start(partial(load_target, given["target"]), {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
         return report(error)
 

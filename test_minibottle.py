@@ -7578,7 +7578,7 @@ class CommandOptionsTest(PooledTest):
             server.wait_for("WSGIRefServer on " + address)
             self.assertTrue(wait_until(lambda: is_served("http://" + address)))
             server.stop()
-        with serve("shop:app", "--server", "gunicorn", "-C", "a=b", "-C", "c", "--debug") as server:
+        with serve("shop:app", "--server", "gunicorn", "--debug") as server:
             server.wait_for("gunicorn.*by itself")
             self.assertEqual(fetch(server.url)[2], b"Hello World!")
 
