@@ -3987,7 +3987,11 @@ class TestClient:
             text = (text and text + "&") + urlencode(query, doseq=True)
         answer = self._call(self._environ(method, path, text, given, data))
         for line in answer.headers.getall("Set-Cookie"):
-            self._keep_cookie(line)
+            pair, *attributes = line.split(";")
+            name, _, value = pair.partition("=")
+            self.cookies[name] = value
+            if any(a.strip().lower() in ("max-age=0", "max-age=-1") for a in attributes):
+                del self.cookies[name]
         return answer
 
     get = partialmethod(request, "GET")  # (path, headers, …), as the next ones
@@ -4034,14 +4038,6 @@ class TestClient:
         if not started:
             raise RuntimeError("the application did not call start_response")
         return Answer(started[0], started[1], b"".join(pieces))
-
-    def _keep_cookie(self, line: str) -> None:
-        pair, *attributes = line.split(";")
-        name, _, value = pair.partition("=")
-        if any(a.strip().lower() in ("max-age=0", "max-age=-1") for a in attributes):
-            self.cookies.pop(name, None)
-        else:
-            self.cookies[name] = value
 
 
 # === 12. Event loop ===========================================================
@@ -4222,7 +4218,6 @@ class Loop:
         self.paused = False            # the listeners are left
         self.resume_at = 0.0           # until then
         self.draining = 0.0            # until then what is begun may end; 0.0: not draining
-        self.drain_began = 0.0
         self.drain_idle_seconds = DRAIN_IDLE_SECONDS
         self.over = False
         self.sweep_at = 0.0
@@ -4235,10 +4230,7 @@ class Loop:
     def on_heartbeat(self, now: float) -> None:
         """Every few seconds, on the monitor: find the calls that last too long."""
         for hand in list(self.hands):
-            try:
-                since = hand.table[-1]
-            except IndexError:
-                since = hand.since
+            since = (hand.table[-1:] or [hand.since])[0]
             if since and now - since > self.settings.worker_timeout and since != hand.hung:
                 hand.hung = since
                 self.on_hung(hand, now - since)
@@ -4257,13 +4249,11 @@ class Loop:
                 self.on_heartbeat(now)
             if self.draining and now > self.draining:
                 break
-            try:
-                age = now - self.holder.table[-1]
-            except IndexError:  # nobody is in user code: sleep until somebody is
+            begun = self.holder.table[-1:]
+            if not begun:  # nobody is in user code: sleep until somebody is
                 self.sleep()
-                continue
-            if age < MONITOR_SECONDS:
-                time.sleep(MONITOR_SECONDS - age)
+            elif now < begun[0] + MONITOR_SECONDS:
+                time.sleep(begun[0] + MONITOR_SECONDS - now)
             elif not self.hand_over():
                 time.sleep(MONITOR_SECONDS)
         self.shut_down()
@@ -4488,23 +4478,22 @@ class Loop:
         elif fd in self.listeners:
             self.accept(self.listeners[fd])
         else:
-            c = self.connections.get(fd)
-            if c is not None:
-                self.disarm(c)
+            self.disarm(fd)
 
     # -- connections change places --
 
-    def disarm(self, c: Connection) -> None:
+    def disarm(self, fd: int) -> None:
         """An event for a connection that a thread has: look no more, until it is given back."""
         with self.lock:
-            if self.connections.get(c.fd) is not c or c.mask == OFF:
-                return  # OFF again would fire HUP again
+            c = self.connections.get(fd)
+            if c is None or c.mask == OFF:  # OFF again would fire HUP again
+                return
             c.mask = OFF
-            self.poller.modify(c.fd, OFF)
+            self.poller.modify(fd, OFF)
             self.count["disarms"] += 1
-            if self.ready.get(c.fd) is c:  # given back just now by one who saw the old mask
+            if self.ready.get(fd) is c:  # given back just now by one who saw the old mask
                 c.mask = c.want
-                self.poller.modify(c.fd, c.want)
+                self.poller.modify(fd, c.want)
 
     def rearm(self, c: Connection) -> None:
         with self.lock:
@@ -4606,7 +4595,8 @@ class Loop:
             del self.listeners[fd]
             listener.sock.close()
         for c in list(self.ready.values()):
-            if c.phase == IDLE and max(c.since, self.drain_began) + self.drain_idle_seconds < now \
+            since = max(c.since, self.draining - self.settings.grace)
+            if c.phase == IDLE and since + self.drain_idle_seconds < now \
                     and self.ready.pop(c.fd, None) is c:
                 try:
                     c.buf = c.sock.recv(65536)  # a request that is here already is answered
@@ -4633,8 +4623,7 @@ class Loop:
     def drain(self) -> None:
         """Stop, within `grace`: from any thread, or a signal."""
         if not self.draining:
-            self.drain_began = monotonic()
-            self.draining = self.drain_began + self.settings.grace
+            self.draining = monotonic() + self.settings.grace
         self.waker.wake()
         self.bell.wake()
 
@@ -4900,7 +4889,7 @@ class Worker(Loop):
     def on_event(self, c: Connection, me: Hand) -> None:
         """The poller has seen c, which is ours now. Events mean no more than: try."""
         if c.phase == WRITE:
-            x = c.exchange
+            x, c.want = c.exchange, IN
             if x.result is not None:
                 return self.send_file(x, me)
             return self.send(x, x.out, monotonic(), me)
@@ -5230,7 +5219,6 @@ class Worker(Loop):
         c.phase = IDLE
         c.since = now
         c.deadline = now + self.keepalive_timeout
-        c.want = IN
         if c.buf:  # of a next request
             self.again.append(c)
             if not me.holds:
@@ -5267,7 +5255,6 @@ class Worker(Loop):
             return self.close(c)
         c.buf = b""
         c.phase = LINGER
-        c.want = IN
         deadline = c.deadline = monotonic() + LINGER_SECONDS
         self.give(c)
         if deadline < self.sweep_at:  # the loop may sleep until the old time
@@ -5334,8 +5321,8 @@ class Worker(Loop):
 
     def has_left(self, x: Exchange) -> bool:
         """Has the reader of an event stream closed its side? Others may do so and still listen."""
-        types = [value for name, value in x.headers if name.lower() == "content-type"]
-        if not types or not types[0].startswith("text/event-stream"):
+        if not any(name.lower() == "content-type" and value.startswith("text/event-stream")
+                   for name, value in x.headers):
             return False
         try:
             return not x.connection.sock.recv(1, socket.MSG_PEEK)
@@ -5448,13 +5435,11 @@ class Worker(Loop):
     def on_expired(self, c: Connection, me: Hand) -> None:
         """A deadline has passed; c is ours."""
         settings, x = self.settings, c.exchange
-        if c.phase == HEAD:
-            return self.refuse(c, RequestTimeout(
-                f"the head took over {settings.header_timeout} s (header_timeout)"), me)
-        if c.phase == BODY:
-            return self.refuse(c, RequestTimeout(
-                f"the body came too slowly (body_timeout {settings.body_timeout} s)"), me)
-        if c.phase == WRITE and x is not None:
+        late = {HEAD: f"header_timeout {settings.header_timeout} s",
+                BODY: f"body_timeout {settings.body_timeout} s"}.get(c.phase)
+        if late:
+            return self.refuse(c, RequestTimeout(f"the {c.phase} came too slowly ({late})"), me)
+        if c.phase == WRITE:
             queued = bytes_queued(c.sock)
             if queued >= x.queued:
                 return self.abort(x, me)
@@ -5533,9 +5518,8 @@ def bytes_queued(sock: socket.socket) -> int:
 
 
 def has_temporary_files() -> bool:
-    import tempfile
     try:
-        tempfile.TemporaryFile().close()
+        spool(io.BytesIO(), b"x", 0).close()
     except OSError:
         return False
     return True
@@ -5647,12 +5631,11 @@ class Served(Worker):
     def is_full(self) -> bool:
         """Or more than its share? The kernel does not balance: the worker that is awake takes
         nearly all of a burst."""
-        if super().is_full() or self.workers < 2 or self.draining:
-            return super().is_full()
         count = self.board[2 * self.slot + 1] = len(self.connections)
         end = 4 * self.workers  # those that end have slots, too
         mean = sum(self.board[1:end:2]) / max(1, sum(map(bool, self.board[0:end:2])))
-        return count > mean * 1.125 + 2
+        is_crowded = self.workers > 1 and count > mean * 1.125 + 2
+        return is_crowded and not self.draining or super().is_full()
 
 
 def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> None:
@@ -5768,10 +5751,9 @@ class Master:
         return self.status
 
     def obey(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT) and not self.stopping:
-            self.stop(signal.SIGTERM)
-        elif number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            self.stop(signal.SIGKILL)
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            at_once = self.stopping or number == signal.SIGQUIT
+            self.stop(signal.SIGKILL if at_once else signal.SIGTERM)
 
     def stop(self, number: int) -> None:
         grace = self.settings.grace if self.settings else 0.0
