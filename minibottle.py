@@ -6456,12 +6456,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     DEBUG = given["debug"]
     try:
         Settings(**flags)
+        load = partial(load_target, given["target"])
         if given["server"]:
-            app = load_target(given["target"])
+            app = load()
             if app is not None:
                 run(app, given["server"], *parse_address(flags.get("bind", DEFAULTS.bind)[0]))
             return 0
-        return start(partial(load_target, given["target"]), {"access_log": True}, flags, is_target=True)
+        return start(load, {"access_log": True}, flags, is_target=True)
     except (UsageError, StartError) as error:
         return report(error)
 
