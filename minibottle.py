@@ -4221,6 +4221,7 @@ class Loop:
         self.drain_idle_seconds = DRAIN_IDLE_SECONDS
         self.over = False
         self.sweep_at = 0.0
+        # No new deadline is sooner than that: so long the loop may sleep.
         self.soonest = min(settings.header_timeout, settings.body_timeout,
                            settings.keepalive_timeout, settings.write_timeout, LINGER_SECONDS)
         self.heartbeat = heartbeat_of(settings)
@@ -4596,7 +4597,7 @@ class Loop:
             listener.sock.close()
         for c in list(self.ready.values()):
             since = max(c.since, self.draining - self.settings.grace)
-            if c.phase == IDLE and since + self.drain_idle_seconds < now \
+            if c.phase is IDLE and since + self.drain_idle_seconds < now \
                     and self.ready.pop(c.fd, None) is c:
                 try:
                     c.buf = c.sock.recv(65536)  # a request that is here already is answered
@@ -4830,7 +4831,6 @@ class Worker(Loop):
         target: Any = app
         self.app = target.__call__ if hasattr(type(app).__call__, "__code__") else target
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
-        self.routes = self.plan != self.learned_plan  # the application can refuse by itself
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
@@ -4844,7 +4844,10 @@ class Worker(Loop):
         self.gzip_min = settings.gzip_min if settings.gzip else sys.maxsize
         if not settings.max_connections:
             settings.max_connections = free_descriptors()
-        if settings.max_body > settings.spool_threshold and not has_temporary_files():
+        try:
+            if settings.max_body > settings.spool_threshold:
+                spool(io.BytesIO(), b"x", 0).close()
+        except OSError:
             settings.max_body = settings.spool_threshold
             log.warning("there is no place for temporary files: max_body is %s bytes",
                         settings.max_body)
@@ -4888,7 +4891,7 @@ class Worker(Loop):
 
     def on_event(self, c: Connection, me: Hand) -> None:
         """The poller has seen c, which is ours now. Events mean no more than: try."""
-        if c.phase == WRITE:
+        if c.phase is WRITE:
             x, c.want = c.exchange, IN
             if x.result is not None:
                 return self.send_file(x, me)
@@ -4903,13 +4906,13 @@ class Worker(Loop):
             if c.exchange is not None:
                 self.release(c.exchange, me)
             return self.close(c)
-        if c.phase == IDLE:
+        if c.phase is IDLE:
             c.buf = data
             return self.advance(c, me)
-        if c.phase == HEAD:
+        if c.phase is HEAD:
             c.buf += data
             return self.advance(c, me)
-        if c.phase == LINGER:
+        if c.phase is LINGER:
             return self.give(c)
         c.exchange.body.buf += data
         self.collect(c.exchange, me)
@@ -4949,7 +4952,7 @@ class Worker(Loop):
             self.await_head(c)
 
     def await_head(self, c: Connection) -> None:
-        if c.phase == IDLE:
+        if c.phase is IDLE:
             c.phase = HEAD
             c.deadline = monotonic() + self.settings.header_timeout
         self.give(c)
@@ -5026,7 +5029,7 @@ class Worker(Loop):
 
     def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
         """Our application makes its own page of it, with its hooks; for others we do."""
-        if not self.routes or not isinstance(error, ContentTooLarge):
+        if self.plan == self.learned_plan or not isinstance(error, ContentTooLarge):
             return self.refuse(x.connection, error, me)
         x.environ["minibottle.refused"] = error
         x.environ["minibottle.route"] = None
@@ -5195,7 +5198,7 @@ class Worker(Loop):
 
     def await_write(self, x: Exchange, now: float, sent: int) -> None:
         c = x.connection
-        if sent or c.phase != WRITE:
+        if sent or c.phase is not WRITE:
             c.deadline = now + self.settings.write_timeout
             x.queued = bytes_queued(c.sock)
         c.phase = WRITE
@@ -5215,7 +5218,7 @@ class Worker(Loop):
                 self.waker.wake()
         c.exchange = None
         if x.ending is CLOSE:
-            return self.farewell(c, me)
+            return self.farewell(c)
         c.phase = IDLE
         c.since = now
         c.deadline = now + self.keepalive_timeout
@@ -5247,7 +5250,7 @@ class Worker(Loop):
             x.body.close()
         self.close_result(x, me)
 
-    def farewell(self, c: Connection, me: Hand) -> None:
+    def farewell(self, c: Connection) -> None:
         """Close so that the answer arrives: closing with unread input resets the connection."""
         try:
             c.sock.shutdown(socket.SHUT_WR)
@@ -5255,12 +5258,8 @@ class Worker(Loop):
             return self.close(c)
         c.buf = b""
         c.phase = LINGER
-        deadline = c.deadline = monotonic() + LINGER_SECONDS
+        c.deadline = monotonic() + LINGER_SECONDS
         self.give(c)
-        if deadline < self.sweep_at:  # the loop may sleep until the old time
-            self.sweep_at = deadline
-            if not me.holds:
-                self.waker.wake()
 
     # -- iterators and files --
 
@@ -5428,7 +5427,6 @@ class Worker(Loop):
             x = c.exchange = new_exchange(Exchange)
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
-        c.buf = b""
         x.ending = CLOSE
         self.on_error(x, error, me)
 
@@ -5439,7 +5437,7 @@ class Worker(Loop):
                 BODY: f"body_timeout {settings.body_timeout} s"}.get(c.phase)
         if late:
             return self.refuse(c, RequestTimeout(f"the {c.phase} came too slowly ({late})"), me)
-        if c.phase == WRITE:
+        if c.phase is WRITE:
             queued = bytes_queued(c.sock)
             if queued >= x.queued:
                 return self.abort(x, me)
@@ -5515,14 +5513,6 @@ def bytes_queued(sock: socket.socket) -> int:
         return int(struct.unpack("i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
     except (ImportError, OSError, AttributeError):
         return 0
-
-
-def has_temporary_files() -> bool:
-    try:
-        spool(io.BytesIO(), b"x", 0).close()
-    except OSError:
-        return False
-    return True
 
 
 def free_descriptors() -> int:
@@ -6011,10 +6001,9 @@ def count_workers(text: str) -> int:
     """"auto" -> the CPUs this process may use."""
     if text != "auto":
         return min(int(text), MAX_WORKERS)
-    try:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+    return os.cpu_count() or 1
 
 
 ADDRESS = r"(?:\[([0-9A-Fa-f:.%a-z]+)\]|([^:\[\]/]*))(?::([0-9]{1,5}))?"
@@ -6122,9 +6111,8 @@ class Server:
                  **settings: object) -> None:
         if "bind" in settings or "workers" in settings:
             raise UsageError("a Server has a host and a port, and no workers; run() has them")
-        given = Settings(**settings)
+        given = Settings(workers="0", **settings)
         self.sock = bind(join_port(host, port))
-        given.workers = "0"
         self.worker = Worker(app, [self.sock], given)
         self.worker.drain_idle_seconds = 0.0  # its clients are of this process
         self.host = host
