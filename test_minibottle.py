@@ -1910,6 +1910,20 @@ class MultipartTest(UnitTest):
         self.assertIn("100 bytes (max_form_memory)", caught.exception.body)
         close_files(got)
 
+    def test_chunks_that_a_server_leaves_in_the_body_are_decoded(self):
+        """PEP 3333 does not say who does it; wsgiref, for one, does not."""
+        for body, expected in ((b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nA: b\r\n\r\nnext", b"abcde"),
+                               (b"3\r\nabc\r\n0\r\n", b"abc"), (b"0\r\n\r\n", b""),
+                               (b"3\r\nabc\r\n", 400), (b"4\r\nabc", 400), (b"x\r\nabc\r\n", 400),
+                               (b"", 400), (b"1000000000\r\nabc", 413)):
+            with self.subTest(body=body):
+                got = Request({"wsgi.input": io.BytesIO(body), "REQUEST_METHOD": "POST",
+                               "HTTP_TRANSFER_ENCODING": "chunked"})
+                try:
+                    self.assertEqual(got.body.read(), expected)
+                except HTTPError as error:
+                    self.assertEqual(error.status_code, expected)
+
     def test_hostile_forms_take_linear_time(self):
         parts = b"".join(part("a", "") for _ in range(20000))
         for body, status in (
