@@ -4043,8 +4043,9 @@ class TestClient:
 # === 12. Event loop ===========================================================
 # One loop, which changes threads when user code blocks. Three things have owners, and each changes
 # hands by one atomic container operation, never by a flag and a check:
-#   the loop       one ticket. In the hand of the thread that runs the loop, or on that thread's own
-#                  `table` while user code runs; whoever pops it from there has the loop.
+#   the loop       one ticket. In the hand of the thread that runs the loop, on that thread's own
+#                  `table` while user code runs, or on nobody's while no thread is free; whoever
+#                  pops it from there has the loop.
 #   a connection   in `ready` (only the loop takes from it), in `again` (has unread requests), with
 #                  a job in `waiting` (needs a thread), in one thread's hands, or closed.
 #   a spare thread in `spares`, under the lock; popped is promised.
@@ -4263,9 +4264,8 @@ class Loop:
         """Close all, and let the threads end; one that user code holds is left behind."""
         self.stop()
         with self.lock:
-            spares, self.spares = self.spares, []
-        for hand in spares:
-            hand.wake.release()
+            while self.spares:
+                self.spares.pop().wake.release()
         deadline = monotonic() + SHUT_DOWN_SECONDS
         for thread in [hand.thread for hand in self.hands]:
             thread.join(max(0.0, deadline - monotonic()))
@@ -4461,9 +4461,7 @@ class Loop:
     def poll_timeout(self) -> float:
         if self.draining or self.paused or self.waiting:
             return 0.05
-        if self.connections:
-            return max(0.0, self.sweep_at - monotonic())
-        return -1
+        return max(0.0, self.sweep_at - monotonic()) if self.connections else -1
 
     def guard(self, c: Connection, error: BaseException, me: Hand) -> None:
         """A failure of our own code: it costs this connection."""
@@ -5977,8 +5975,7 @@ def print_started(sockets: List[socket.socket], workers: str, settings: Settings
     if settings.quiet:
         return
     where = ", ".join(format_address(sock) for sock in sockets)
-    python = ".".join(map(str, sys.version_info[:3]))
-    print_line(f"{__version__} on {where}, {workers}, Python {python}")
+    print_line(f"{__version__} on {where}, {workers}, Python {sys.version.split()[0]}")
 
 
 def format_address(sock: socket.socket) -> str:
@@ -6032,22 +6029,19 @@ def bind(address: str) -> socket.socket:
         family = socket.AF_UNIX
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        (bind_unix if type(name) is str else bind_port)(sock, name)
+        if type(name) is str:
+            bind_unix(sock, name)
+        else:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
+            option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
+            sock.setsockopt(socket.SOL_SOCKET, option, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(name)
         sock.listen(1024)
     except OSError as error:
         sock.close()
         raise StartError(f"cannot bind to {address}: {error.strerror or error}") from None
     return sock
-
-
-def bind_port(sock: socket.socket, name: Tuple[str, int]) -> None:
-    if os.name == "nt":  # ~SO_REUSEADDR: there, that one lets others take the port
-        sock.setsockopt(socket.SOL_SOCKET, ~socket.SO_REUSEADDR, 1)
-    else:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    sock.bind(name)
 
 
 def bind_unix(sock: socket.socket, path: str) -> None:
