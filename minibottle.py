@@ -38,7 +38,7 @@ ONE REQUEST (-> calls)
 
     Loop.run_loop -> Worker.on_event -> advance -> parse_head
         -> App.minibottle_plan               which route, before the body
-        -> begin_body -> collect             the body, if there is one
+        -> begin_special -> collect          the body, if there is one
         -> call -> App.__call__ -> wsgi -> _handle -> your function
                                         -> _cast -> Exchange.start_response
         -> send_list | respond -> pump       the answer
@@ -271,7 +271,7 @@ DEBUG = False  # read at each use
 
 
 def debug(mode: bool = True) -> None:
-    """For development: templates are read again each time, and warnings are shown."""
+    """For development: error pages show the traceback, templates are read anew, warnings shown."""
     global DEBUG
     DEBUG = bool(mode)
     if DEBUG:
@@ -363,13 +363,14 @@ def json_default(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def json_dumps(value: object, **options: Any) -> str:
-    """A value -> JSON text, by json.dumps' options. TypeError or ValueError, also for NaN."""
-    return json_encoder(**options)(value)
+def json_dumps(value: object) -> str:
+    """A value -> JSON text. Raises TypeError or ValueError (NaN has no JSON form either)."""
+    return json_encoder()(value)
 
 
 @lru_cache(maxsize=8)
 def json_encoder(**options: Any) -> Callable[[object], str]:
+    """By json.dumps' options."""
     import json
     return json.JSONEncoder(**{"default": json_default, "allow_nan": False, **options}).encode
 
@@ -1580,7 +1581,7 @@ class Request:
             return default
         return signed[1] if max_age is None or time.time() - signed[2] <= max_age else default
 
-    # -- the body --    # -- the body --
+    # -- the body --
 
     @property
     def body(self) -> BinaryIO:
@@ -1920,6 +1921,8 @@ OF_THE_BODY = frozenset((
     "Content-Range", "Content-Disposition", "Content-Md5", "Digest", "Etag", "Last-Modified",
     "Accept-Ranges"))
 STATUS_LINE = r"[1-9][0-9][0-9] [ -~]+"
+
+
 class HTTPResponse(Response, BottleException):
     """A Response to return or to raise."""
 
@@ -2055,7 +2058,7 @@ COMPRESSIBLE = (
     r"text/|application/(?:json|javascript|x-javascript|xml|wasm|manifest\+json)\b"
     r"|[a-z]+/[a-z0-9.-]+\+(?:json|xml)\b|image/(?:svg\+xml|bmp|x-icon)|font/(?:ttf|otf)")
 CODING = (r"[ \t]*([!#$%&'*+\-.^_`|~0-9A-Za-z]+)[ \t]*"
-                    r"(?:;[ \t]*[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)[ \t]*)?")
+          r"(?:;[ \t]*[qQ]=(0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?)[ \t]*)?")
 
 
 @lru_cache(maxsize=256)
@@ -3610,8 +3613,7 @@ class App:
             found = self._look_up(environ)
             if found is None:
                 answer = self._not_found(environ)
-                if environ.get("minibottle.response") is None:
-                    environ["minibottle.response"] = answer  # nobody else has it
+                environ.setdefault("minibottle.response", answer)  # FAST: no need to copy it
                 raise answer
             environ["minibottle.route"] = found
         if type(found[4]) is tuple:
@@ -3712,13 +3714,11 @@ class App:
         if isinstance(out, io.TextIOBase):
             pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
             return self._cast_iterator(pieces)
-        if type(out) is FileWrapper:  # of a mounted application
+        if isinstance(out, FileWrapper):  # a range, or of a mounted application
             return out
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
-        if isinstance(out, FileWrapper):
-            return out
         if hasattr(out, "__iter__"):
             return self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
@@ -4329,7 +4329,8 @@ class Loop:
             with self.lock:
                 self.holder = self.nobody
                 self.nobody.table.append(monotonic())
-            self.hand_over()
+            if not self.hand_over() and self.asleep:
+                self.rouse()
 
     # -- threads --
 
@@ -4338,14 +4339,13 @@ class Loop:
         if len(self.hands) > self.settings.max_threads:
             return None
         hand = Hand()
-        self.hands.append(hand)
         hand.thread = threading.Thread(target=self.live, args=(hand,), daemon=True,
-                                       name=f"minibottle-{len(self.hands)}")
+                                       name=f"minibottle-{len(self.hands) + 1}")
         try:
             hand.thread.start()
         except RuntimeError:  # the system gives no more
-            self.hands.remove(hand)
             return None
+        self.hands.append(hand)
         return hand
 
     def live(self, me: Hand) -> None:
@@ -5111,17 +5111,15 @@ class Worker(Loop):
         """The head of an answer, with the framing that its length asks for (RFC 9112 6)."""
         extra = b""
         x.left = None if x.bodiless else x.length
-        x.chunked = False
+        x.chunked = (x.length is None and not x.bodiless
+                     and x.environ["SERVER_PROTOCOL"] == "HTTP/1.1")
         x.sent = 0
-        if x.length is not None and x.status[:3] != "204":
-            extra = format_length(x.length)
-        elif x.bodiless:
-            pass
-        elif x.environ["SERVER_PROTOCOL"] == "HTTP/1.1":
-            x.chunked = True
+        if x.chunked:
             extra = b"Transfer-Encoding: chunked\r\n"
-        else:
-            x.ending = CLOSE  # its end is the end of the connection
+        elif x.length is not None and x.status[:3] != "204":
+            extra = format_length(x.length)
+        elif not x.bodiless:  # its end is the end of the connection
+            x.ending = CLOSE
         if self.draining:
             x.ending = CLOSE
         x.head_sent = True
@@ -5323,10 +5321,8 @@ class Worker(Loop):
             return False
         try:
             return not x.connection.sock.recv(1, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError:
-            return True
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def transmit(self, x: Exchange, data: bytes, me: Optional[Hand]) -> bool:
         """Send all of it; where the socket takes no more, leave the loop (or it is left: None) and
@@ -5572,8 +5568,8 @@ class LogStream(io.TextIOBase):
 
 # === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
-# the target and asks the master, over its own pair of sockets (the link), for settings and
-# listeners; it sends what run() was given, and the master adds what the command line says. The
+# the target, which may call run(), and tells the master over its own pair of sockets (the link)
+# what settings hold then; the first one's say where to listen, and the listeners come back. The
 # board is shared memory, two numbers a worker: when its heart last beat (monotonic seconds; 0.0: it
 # does not serve yet) and how many connections it has.
 
@@ -5607,6 +5603,10 @@ class Served(Worker):
     def on_heartbeat(self, now: float) -> None:
         super().on_heartbeat(now)
         self.board[2 * self.slot] = now
+        self.board[2 * self.slot + 1] = len(self.connections)
+
+    def close(self, c: Connection) -> None:
+        super().close(c)
         self.board[2 * self.slot + 1] = len(self.connections)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
@@ -5823,9 +5823,8 @@ class Master:
         elif self.missing() > 0:
             timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
         poll = select.poll()
-        poll.register(self.bell.fd, select.POLLIN)
         links = {p.link.fileno(): p for p in self.workers.values() if p.link.fileno() >= 0}
-        for fd in links:
+        for fd in (self.bell.fd, *links):
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll(timeout * 1000):
             if fd in links:
@@ -5983,7 +5982,7 @@ def format_address(sock: socket.socket) -> str:
     return f"http://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
 
 
-def join_port(host: str, port: int) -> str:
+def join_port(host: str, port: Union[int, str]) -> str:
     """("::1", 80) -> "[::1]:80"."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -6286,15 +6285,13 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     In a process that has threads, or outside its main thread, it serves without a master. What
     cannot start is said in a line on stderr, and raises SystemExit.
     """
-    global DEBUG
     running: Any = sys.modules.get("minibottle.running")
     if NORUN:
         return
     if reloader:
         print_line("run(reloader=True) does not reload here")
     app = default_app() if app is None else load_app(app) if isinstance(app, str) else app
-    DEBUG = DEBUG if debug is None else debug
-    configure(app, plugins, config)
+    configure(app, plugins, config, debug)
     adapter = make_adapter(server, host, port, options)
     if adapter is not None:
         adapter.quiet = adapter.quiet or quiet
@@ -6307,7 +6304,7 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     unknown = sorted(set(options) - set(SETTING_DEFAULTS))
     if unknown:
         print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(SETTING_DEFAULTS)}")
-    options = {"bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}", "quiet": quiet,
+    options = {"bind": join_port(host, port), "quiet": quiet,
                **{name: value for name, value in options.items() if name not in unknown}}
     if running is not None:
         return running(app, options)
@@ -6316,8 +6313,11 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
         raise SystemExit(status)
 
 
-def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict]) -> None:
-    """What run() and the command line are given for an App."""
+def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict],
+              mode: Optional[bool]) -> None:
+    """What run() is given for an App, and the mode of debug()."""
+    if mode is not None:
+        debug(mode)
     for plugin in plugins or ():
         app.install(load(plugin) if isinstance(plugin, str) else plugin)
     if config:
@@ -6425,7 +6425,6 @@ def make_parser() -> Any:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status."""
-    global DEBUG
     try:
         given = vars(make_parser().parse_args(argv))
     except UsageError as error:
@@ -6435,7 +6434,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
-    DEBUG = given["debug"]
+    debug(given["debug"])
     try:
         Settings(**flags)
         load = partial(load_target, given["target"])

@@ -6608,8 +6608,8 @@ class CommandMasterTest(PooledTest):
     def test_the_master_does_not_import_the_application(self):
         with serve("reports:app", "--workers", "2") as server:
             self.wait_for_workers(server, 2)
-            pids = set(map(int, re.findall(r"imported by (\d+)", server.said())))
-            self.assertEqual(pids, set(server.children()))
+            self.assertTrue(wait_until(lambda: set(server.children()) == set(
+                map(int, re.findall(r"imported by (\d+)", server.said())))), server.said())
 
     def wait_for_workers(self, server, count):
         """Until so many have answered."""
@@ -6984,6 +6984,19 @@ class InThreadTest(unittest.TestCase):
         at_once(self.check_exit, [
             (kind, where) for kind in (SystemExit, KeyboardInterrupt, GeneratorExit)
             for where in ("call", "iter", "lazy", "first", "second", "close")])
+
+    def test_a_loop_that_no_thread_was_free_for_goes_on_in_the_first_that_is(self):
+        app = self.make_app()
+        app.get("/stream", callback=lambda: iter([bytes(100000)] * 1000))
+        server = self.serve(app, max_threads=1)
+        self.block(server)
+        with connect(server.url, 4096) as stalled:
+            stalled.sendall(get("/stream"))
+            self.assertTrue(stalled.recv(1))
+            client = self.client(server)
+            client.request("GET", "/")
+            self.release.set()
+            self.assertEqual(client.getresponse().read(), b"Hello World!")
 
     def test_a_body_is_read_as_it_comes_where_the_route_asks_for_it(self):
         app = self.make_app()
