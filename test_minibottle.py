@@ -6711,7 +6711,9 @@ class CommandMasterTest(PooledTest):
                 os.killpg(server.pid, signum)
                 self.assertEqual(server.wait(), 0)
                 self.assertLess(time.monotonic() - began, 2 * SLOW)
-                self.assertEqual(len(server.err), 2, server.said())
+                # a worker may get it before it serves, and end before the master has got it
+                lines = [line for line in server.err[1:-1] if "was ended by signal 15" not in line]
+                self.assertEqual((lines, server.err[-1]), ([], None), server.said())
 
     def test_ctrl_c_ends_an_idle_server_at_once(self):
         for _ in range(3):
