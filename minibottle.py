@@ -93,15 +93,14 @@ from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
-from http import HTTPStatus
 from importlib import import_module
 from itertools import chain, repeat
-from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our time
     from typing import (Any, BinaryIO, Callable, Deque, Dict, Generator, Iterable, Iterator, List,
                         Match, NoReturn, Optional, Pattern, Set, Tuple, Union)
+    from urllib.parse import SplitResult
     Field = Tuple[str, str]
     Decoder = Generator[bytes, None, None]
     FilterParts = Tuple[str, Optional[Callable], Optional[Callable]]
@@ -283,11 +282,24 @@ def debug(mode: bool = True) -> None:
 # bytes to str and back, dates, JSON and HTML. UTF-8 everywhere; PEP 3333 carries bytes as latin-1
 # text, and only the two functions here cross that border.
 
-HTTP_CODES = {int(status): status.phrase for status in HTTPStatus}
-HTTP_CODES.update({413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable",
-                   418: "I'm a teapot", 422: "Unprocessable Content", 425: "Too Early",
-                   451: "Unavailable For Legal Reasons"})
-_HTTP_STATUS_LINES = {code: f"{code} {phrase}" for code, phrase in HTTP_CODES.items()}
+_HTTP_STATUS_LINES = {int(line[:3]): line for line in (  # RFC 9110 15 and IANA's registry
+    "100 Continue,101 Switching Protocols,102 Processing,103 Early Hints,200 OK,201 Created,"
+    "202 Accepted,203 Non-Authoritative Information,204 No Content,205 Reset Content,"
+    "206 Partial Content,207 Multi-Status,208 Already Reported,226 IM Used,300 Multiple Choices,"
+    "301 Moved Permanently,302 Found,303 See Other,304 Not Modified,305 Use Proxy,"
+    "307 Temporary Redirect,308 Permanent Redirect,400 Bad Request,401 Unauthorized,"
+    "402 Payment Required,403 Forbidden,404 Not Found,405 Method Not Allowed,406 Not Acceptable,"
+    "407 Proxy Authentication Required,408 Request Timeout,409 Conflict,410 Gone,"
+    "411 Length Required,412 Precondition Failed,413 Content Too Large,414 URI Too Long,"
+    "415 Unsupported Media Type,416 Range Not Satisfiable,417 Expectation Failed,"
+    "418 I'm a teapot,421 Misdirected Request,422 Unprocessable Content,423 Locked,"
+    "424 Failed Dependency,425 Too Early,426 Upgrade Required,428 Precondition Required,"
+    "429 Too Many Requests,431 Request Header Fields Too Large,451 Unavailable For Legal Reasons,"
+    "500 Internal Server Error,501 Not Implemented,502 Bad Gateway,503 Service Unavailable,"
+    "504 Gateway Timeout,505 HTTP Version Not Supported,506 Variant Also Negotiates,"
+    "507 Insufficient Storage,508 Loop Detected,510 Not Extended,"
+    "511 Network Authentication Required").split(",")}
+HTTP_CODES = {code: line[4:] for code, line in _HTTP_STATUS_LINES.items()}
 
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
@@ -301,6 +313,24 @@ def wsgi_to_text(value: str, errors: str = "strict") -> str:
 def text_to_wsgi(value: str) -> str:
     """Text -> latin-1 text that carries its UTF-8 bytes: "ö" -> "Ã¶"."""
     return value if value.isascii() else value.encode("utf-8").decode("latin-1")
+
+
+def percent_decode(text: str) -> bytes:
+    """"a%20b" -> b"a b" (RFC 3986 2.1)."""
+    from urllib.parse import unquote_to_bytes
+    return unquote_to_bytes(text)
+
+
+def percent_encode(text: str, safe: str = "/", errors: str = "strict") -> str:
+    """"a b" -> "a%20b"."""
+    from urllib.parse import quote
+    return quote(text, safe, errors=errors)
+
+
+def format_query(fields: Mapping) -> str:
+    """{"a": 1, "b": ["x y", "z"]} -> "a=1&b=x+y&b=z"."""
+    from urllib.parse import urlencode
+    return urlencode(fields, doseq=True)
 
 
 def format_date(parts: time.struct_time) -> str:
@@ -680,7 +710,7 @@ def parse_request_line(line: str) -> Dict[str, Any]:
         raise NotSupported("CONNECT is not supported")
     path, _, query = target.partition("?")
     parts = {"REQUEST_METHOD": method, "REQUEST_URI": target,
-             "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
+             "PATH_INFO": percent_decode(path).decode("latin-1") if "%" in path else path,
              "QUERY_STRING": query, "SERVER_PROTOCOL": protocol}
     if "#" in target or "\0" in parts["PATH_INFO"]:
         raise BadRequest(f"fragment or NUL in request target {target[:80]!a}")
@@ -698,7 +728,7 @@ def parse_other_target(environ: Dict[str, Any], target: str) -> None:
     if not HOST.fullmatch(authority) or authority[0] == ":":
         raise BadRequest(f"bad host {authority[:80]!a}")
     environ["HTTP_HOST"] = authority  # RFC 9112 3.2.2: it beats the Host header
-    environ["PATH_INFO"] = unquote_to_bytes(path or "/").decode("latin-1")
+    environ["PATH_INFO"] = percent_decode(path or "/").decode("latin-1")
     environ["QUERY_STRING"] = query or ""
 
 
@@ -972,7 +1002,7 @@ def parse_qsl(text: str, max_fields: int = 0) -> List[Tuple[str, str]]:
 def unquote_field(text: str) -> str:
     """"x+%C3%B6" -> "x ö"."""
     text = text.replace("+", " ")
-    return unquote(text, "utf-8", "replace") if "%" in text else text
+    return percent_decode(text).decode("utf-8", "replace") if "%" in text else text
 
 
 def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
@@ -1153,7 +1183,7 @@ def open_part(headers: HeaderDict) -> FileUpload:
         raise BadRequest("a part without Content-Disposition: form-data and a name")
     name = options.get("filename", "")
     if "filename*" in options:  # RFC 8187: "UTF-8''%C3%84.txt"
-        name = unquote(options["filename*"].rpartition("'")[2], "utf-8", "replace")
+        name = percent_decode(options["filename*"].rpartition("'")[2]).decode("utf-8", "replace")
     return FileUpload(io.BytesIO(), options["name"], name, headers)
 
 
@@ -1506,11 +1536,12 @@ class Request:
 
     @property
     def fullpath(self) -> str:
-        return urljoin(self.script_name, self.path.lstrip("/"))
+        return self.script_name + self.path.lstrip("/")
 
     @property
     def urlparts(self) -> SplitResult:
         """(scheme, host[:port], path, query, ""), the path percent-encoded."""
+        from urllib.parse import SplitResult
         environ = self.environ
         scheme = environ.get("wsgi.url_scheme", "http")
         host = environ.get("HTTP_HOST")
@@ -1519,7 +1550,7 @@ class Request:
             port = environ.get("SERVER_PORT")
             if port and port != {"http": "80", "https": "443"}.get(scheme):
                 host += ":" + port
-        return SplitResult(scheme, host, quote(self.fullpath), self.query_string, "")
+        return SplitResult(scheme, host, percent_encode(self.fullpath), self.query_string, "")
 
     @property
     def url(self) -> str:
@@ -2002,7 +2033,7 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
     if code is None:
         code = 302 if request.get("SERVER_PROTOCOL") == "HTTP/1.0" else 303
     check_field_value(url)
-    raise HTTPResponse("", code, Location=quote(url, safe="%/:=&?~#+!$,;'@()*[]"))
+    raise HTTPResponse("", code, Location=percent_encode(url, safe="%/:=&?~#+!$,;'@()*[]"))
 
 
 # === 7. Files and gzip ========================================================
@@ -2209,7 +2240,7 @@ def format_attachment(name: str) -> str:
     """A Content-Disposition (RFC 6266) that names a download; RFC 8187 for what is not ASCII."""
     name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
     plain = re.sub(r'[^ -~]|["%]', "_", name)
-    exact = quote(name, safe="!#$&+-.^_`|~", errors="replace")
+    exact = percent_encode(name, safe="!#$&+-.^_`|~", errors="replace")
     return f'attachment; filename="{plain}"' + f"; filename*=UTF-8''{exact}" * (plain != name)
 
 
@@ -2346,8 +2377,8 @@ class RouteBuildError(RouteError):
 
 # <name>, <name:filter>, <name:filter:config>, each part optional; a backslash before it: text.
 # Bottle's first syntax, :name and :name#pattern#, is read too, but not inside a word: /users:batch.
-WILDCARD = re.compile(r"(\\*)(?:<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>"
-                      r"|(?<!\w):(?:([A-Za-z_]\w*)(?:#(.*?)#)?|#(.*?)#))", re.ASCII)
+WILDCARD = (r"(\\*)(?:<([A-Za-z_]\w*)?(?::(\w*)(?::((?:\\.|[^\\>])*))?)?>"
+            r"|(?<!\w):(?:([A-Za-z_]\w*)(?:#(.*?)#)?|#(.*?)#))")
 GROUP = r"(\\.|\[(?:\\.|[^\\\]])*\])|\((?:\?P<\w+>|(?!\?))"
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 NO_SLASH = ("default", "int", "float")  # filters whose wildcards stay within a segment
@@ -2485,7 +2516,7 @@ class Router:
         """"/a/<n:int>" -> ["/a/", ("n", "int", pattern, to value, to text)]."""
         parts: list = []
         end = 0
-        for match in WILDCARD.finditer(rule):
+        for match in re.finditer(WILDCARD, rule, re.ASCII):
             slashes, name, kind, config, old_name, *patterns = match.groups()
             text = rule[end:match.start()]
             end = match.end()
@@ -2601,15 +2632,15 @@ class Router:
         unnamed = list(anonymous)
         for part in parts:
             if type(part) is str:
-                path += quote(part)
+                path += percent_encode(part)
                 continue
             key, kind, _, _, to_text = part
             if not (key in args if key else unnamed):
                 raise RouteBuildError(f"argument {key!r} is missing to build {name!r}")
             value = args.pop(key) if key else unnamed.pop(0)
-            path += quote(to_text(value) if to_text else str(value),
-                          safe="" if kind in NO_SLASH else "/")
-        return path + ("?" + urlencode(args, doseq=True) if args else "")
+            path += percent_encode(to_text(value) if to_text else str(value),
+                                   safe="" if kind in NO_SLASH else "/")
+        return path + ("?" + format_query(args) if args else "")
 
 
 def converters_of(parts: list) -> List[Tuple[str, Callable]]:
@@ -3978,13 +4009,13 @@ class TestClient:
             data = json_dumps(json).encode("utf-8")
             given.setdefault("Content-Type", "application/json")
         elif form is not None:
-            data = urlencode(form, doseq=True).encode("ascii")
+            data = format_query(form).encode("ascii")
             given.setdefault("Content-Type", "application/x-www-form-urlencoded")
         if self.cookies and "Cookie" not in given:
             given["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
         path, _, text = path.partition("?")
         if query:
-            text = (text and text + "&") + urlencode(query, doseq=True)
+            text = (text and text + "&") + format_query(query)
         answer = self._call(self._environ(method, path, text, given, data))
         for line in answer.headers.getall("Set-Cookie"):
             pair, *attributes = line.split(";")
@@ -4006,7 +4037,7 @@ class TestClient:
                  data: bytes) -> Dict[str, Any]:
         environ = {
             "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query,
-            "PATH_INFO": unquote_to_bytes(text_to_wsgi(path).encode("latin-1")).decode("latin-1"),
+            "PATH_INFO": percent_decode(path).decode("latin-1"),
             "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
             "REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost", "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(data), "wsgi.errors": sys.stderr,
