@@ -113,8 +113,8 @@ __all__ = (
     "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
     "TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager JSONPlugin "
     "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
-    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError auth_basic "
-    "parse_auth cookie_encode cookie_decode cookie_is_encoded "
+    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError MultipartError "
+    "auth_basic parse_auth cookie_encode cookie_decode cookie_is_encoded "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
     "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError "
     "TemplatePlugin html_escape html_quote http_date parse_date parse_range_header path_shift"
@@ -1413,6 +1413,19 @@ def from_environ(key: str, read: Callable[[str], Any]) -> Any:
     return property(lambda self: read(self.environ.get(key) or ""))
 
 
+def routed(index: int, key: str) -> Any:
+    """An attribute that stands for what routing found; before that, for what is in the environ
+    under Bottle's key, as in the environ that a test makes."""
+    def read(self: Request) -> object:
+        found = self.environ.get("minibottle.route")
+        if found and isinstance(found[4], dict):
+            return found[index]
+        if key in self.environ:
+            return self.environ[key]
+        raise RuntimeError("This request is not connected to a route.")
+    return property(read)
+
+
 class Request:
     """One request: `request.path`, `.query`, `.headers`, `.json`, … read from `request.environ`.
 
@@ -1691,23 +1704,9 @@ class Request:
 
     # -- where it was routed --
 
-    @property
-    def app(self) -> "App":
-        return self._routed()[0]
-
-    @property
-    def route(self) -> "Route":
-        return self._routed()[3]
-
-    @property
-    def url_args(self) -> Dict[str, Any]:
-        return self._routed()[4]
-
-    def _routed(self) -> tuple:
-        found = self.environ.get("minibottle.route")
-        if not found or not isinstance(found[4], dict):
-            raise RuntimeError("This request is not connected to a route.")
-        return found
+    app: "App" = routed(0, "bottle.app")
+    route: "Route" = routed(3, "bottle.route")
+    url_args: Dict[str, Any] = routed(4, "route.url_args")
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -1973,7 +1972,7 @@ class LocalResponse(Response):
     body = forwarded("body")
 
 
-BaseRequest, BaseResponse = Request, Response  # Bottle's names
+BaseRequest, BaseResponse, MultipartError = Request, Response, HTTPError  # Bottle's names
 response = LocalResponse()
 request = LocalRequest()  # code outside of requests may look at it where this file is imported
 
@@ -2449,6 +2448,7 @@ class Router:
         self.tables: Dict[str, RouteTable] = {}       # by method
         self.orders: Dict[str, List[RouteTable]] = {}  # method -> the tables to ask, in this order
         self.builders: Dict[str, list] = {}            # name or rule -> its parts
+        self.mounted: List[Tuple[str, Router]] = []    # (prefix, router) below
         self.count = 0
         self.memo: Dict[str, Dict[str, tuple]] = {}    # method -> PATH_INFO -> what an App found
 
@@ -2589,12 +2589,20 @@ class Router:
             return HTTPResponse("", 204, Allow=", ".join(methods))
         return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
 
+    def parts_of(self, name: str) -> Optional[list]:
+        """Of a name or rule that is known here, else below."""
+        found = self.builders.get(name)
+        for prefix, router in self.mounted:
+            below = router.parts_of(name) if found is None else None
+            found = below and self.parse(prefix) + below
+        return found
+
     def build(self, name: str, /, *anonymous: object, **args: object) -> str:
         """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError.
 
         Wildcards without a name take the positional arguments.
         """
-        parts = self.builders.get(name)
+        parts = self.parts_of(name)
         if parts is None:
             raise RouteBuildError(f"no route has the name or rule {name!r}")
         path = ""
@@ -3253,7 +3261,7 @@ class Mount:
         prefix = environ.get("SCRIPT_NAME", "").rstrip("/") + "/".join(segments[:self.depth + 1])
         return {**environ, "SCRIPT_NAME": prefix, "minibottle.response": None,
                 "PATH_INFO": "/" + "/".join(segments[self.depth + 1:]),
-                "minibottle.above": (self.parent, *environ.get("minibottle.above", ()))}
+                "minibottle.above": {self.parent: environ, **environ.get("minibottle.above", {})}}
 
     def plan(self, environ: Dict[str, Any]) -> Plan:
         plan = getattr(self.app, "minibottle_plan", None)
@@ -3471,6 +3479,7 @@ class App:
         base = "/" + "/".join(segments)
         if isinstance(app, App):
             app.config.update("_mount", prefix=prefix, app=self)
+            self.router.mounted.append((base, app.router))
         options = {"skip": True, "method": "PROXY", **options}
         self.route([base + "/<:re:.*>"] + [base] * (not prefix.endswith("/")),
                    callback=Mount(self, app, len(segments)),
@@ -3547,8 +3556,11 @@ class App:
         return decorator
 
     def get_url(self, name: str, /, **args: object) -> str:
-        """The path of a route, by its name or rule; what is no wildcard goes into the query."""
-        return request.script_name.rstrip("/") + self.router.build(name, **args)
+        """The path of a route of this application or of one mounted in it, by its name or rule;
+        what is no wildcard goes into the query."""
+        environ = CURRENT.get({})
+        environ = environ.get("minibottle.above", {}).get(self, environ)
+        return Request(environ).script_name.rstrip("/") + self.router.build(name, **args)
 
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
