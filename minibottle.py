@@ -2645,6 +2645,8 @@ TEMPLATES: Dict[tuple, BaseTemplate] = {}  # what template() has compiled
 STPL_SYNTAX = "<% %> % {{ }}"              # a block of code: begin, end; a line; {{expression}}
 STPL_OPENS = ("if", "for", "while", "with", "try", "def", "class", "async")
 STPL_CONTINUES = ("elif", "else", "except", "finally")
+STPL_STRING = "|".join(                    # in an expression, which no }} in it ends
+    rf"{3*q}(?:(?!{3*q})[^\\]|\\[\s\S])*{3*q}|{q}(?!{2*q})(?:[^\\\n{q}]|\\.)*{q}" for q in "'\"")
 STPL_CODE = r"""(?mx) (?P<string> (?P<quote> '''|\"""|'|") (?:\\[\s\S]|[^\\])*? (?P=quote) )
     |(?P<comment> \#.*? (?=%s[ \t]*\r?$|\r?$) ) |(?P<stop> %s[ \t]*(?:\r?\n|\Z) )
     |(?P<open> [\[({] ) |(?P<close> [\])}] ) |(?P<semicolon> ; )
@@ -2670,8 +2672,7 @@ class StplParser:
         self.escaped = re.compile(rf"(?m)^([ \t]*)\\({line}|{begin})")
         self.line = re.compile(STPL_CODE % ("(?!)", "(?!)"))
         self.block = re.compile(STPL_CODE % (end, end))
-        string = r"""'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*\""""
-        self.inline = re.compile(rf"{left}((?:{string}|(?!{left})[^'\"\n])*?){right}")
+        self.inline = re.compile(rf"{left}((?:{STPL_STRING}|(?!{left})[^'\"\n])*?){right}")
         self.out: List[str] = []        # Python, as many lines as have been read
         self.statement: List[str] = []  # tokens of the one at hand
         self.brackets = 0               # that it has open

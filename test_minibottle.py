@@ -3194,6 +3194,14 @@ class TemplateSyntaxTest(UnitTest):
             ("{{UNICODE}}" + UNICODE, UNICODE * 2), ("", ""), ("{{''}}", "")],
             x="<a> & \"b\" 'c'", data="<ö>".encode(), none=None, UNICODE=UNICODE)
 
+    def test_a_string_in_an_expression_may_hold_quotes_and_marks(self):
+        self.assertRenders([
+            ("{{!'\"}}'}} {{!\"it's}}\"}} it's {{''}}", "\"}} it's}} it's "),
+            ("it's {{!'''it's {{x}}'''}} {{!'''a''b\"'''}}", "it's it's {{x}} a''b\""),
+            ('{{!"""a"}}b""c"""}}{{x if 0 else """\'"}"""}}', 'a"}}b""c&#039;&quot;}'),
+            ("{{!'''a\n'b' }}\n\\''''}}{{''''''}}.", "a\n'b' }}\n'."),
+            ("{{!'' + '''a'''}}'''{{'b' 'c'}}'", "a'''bc'")])
+
     def test_code_vanishes_and_its_indentation_means_nothing(self):
         self.assertRenders([
             ("a\n  % x = 1 # why; not\n%\n%# no: code\n{{x}}\n", "a\n1\n"),
@@ -3264,7 +3272,8 @@ class TemplateSyntaxTest(UnitTest):
         self.assertEqual(SimpleTemplate("{{x}}").render(FormsDict(x="ö")), "ö")
 
     def test_parsing_takes_linear_time(self):
-        for piece in ("{{", "{{'", "'''", "% x = ((\n", "\\\\\n", "<% # %> #", "%if 1:\n%end\n"):
+        for piece in ("{{", "{{'", "'''", "{{'''", "{{''' ''", "% x = ((\n", "\\\\\n",
+                      "<% # %> #", "%if 1:\n%end\n"):
             with self.subTest(piece=piece):
                 started = time.monotonic()
                 with contextlib.suppress(SyntaxError, TemplateError):
@@ -3289,6 +3298,7 @@ class TemplateErrorTest(UnitTest):
         for source, line in (
                 ("a\nb {{x}}\nc {{1 // 0}} d\ne", 3), ("% 1 // 0", 1), ("\\\\\n% 1 // 0\na", 2),
                 ("a\n<% b = 1\n# c\n\n1 // 0\n%>\nd", 5), ("a\r\n\r\n{{1 // 0}}\r\n", 3),
+                ("{{'''a\n\n'''}}\nb {{1 // 0}}", 4),
                 ('% a = """\n\n"""\n{{x}}\n% for i in (\n%   1,\n% ):\n\n{{i}}\n% 1 // 0\n', 10),
                 ("% if x:\n%   y = 1\n%# z\n% end\n\\% a\n\n  {{1 // 0}}", 7),
                 ("% def f():\na\n{{1 // 0}}\n% end\n\n% f()", 3)):
