@@ -2591,11 +2591,10 @@ class Router:
 
     def parts_of(self, name: str) -> Optional[list]:
         """Of a name or rule that is known here, else below."""
-        found = self.builders.get(name)
-        for prefix, router in self.mounted:
-            below = router.parts_of(name) if found is None else None
-            found = below and self.parse(prefix) + below
-        return found
+        if name in self.builders:
+            return self.builders[name]
+        below = ((prefix, router.parts_of(name)) for prefix, router in self.mounted)
+        return next((self.parse(prefix) + parts for prefix, parts in below if parts), None)
 
     def build(self, name: str, /, *anonymous: object, **args: object) -> str:
         """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError.
@@ -3561,7 +3560,7 @@ class App:
         what is no wildcard goes into the query."""
         environ = CURRENT.get({})
         environ = environ.get("minibottle.above", {}).get(self, environ)
-        return Request(environ).script_name.rstrip("/") + self.router.build(name, **args)
+        return quote(Request(environ).script_name.rstrip("/")) + self.router.build(name, **args)
 
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""

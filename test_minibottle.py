@@ -2303,6 +2303,26 @@ class ResponseTest(UnitTest):
             self.assertEqual("%d %s" % (answer.status_code, answer.headers["Location"]), expected)
 
 
+    def test_where_it_was_routed_may_come_from_an_environ_that_a_test_makes(self):
+        own = Request({})
+        for name, key in (("app", "bottle.app"), ("route", "bottle.route"),
+                          ("url_args", "route.url_args")):
+            with self.assertRaisesRegex(RuntimeError, "not connected to a route"):
+                getattr(own, name)
+            own.environ[key] = key
+            self.assertEqual(getattr(own, name), key)
+        app = app_of(lambda x: {"rule": request.route.rule, "x": request.url_args}, "/<x>")
+        environ = {"bottle.app": 1, "bottle.route": 2, "route.url_args": 3}  # of a Bottle around
+        out = app(environ_of("/5", **environ), lambda *args: None)
+        self.assertEqual(json.loads(b"".join(out)), {"rule": "/<x>", "x": {"x": "5"}})
+
+    def test_a_form_that_cannot_be_read_is_a_MultipartError(self):
+        own = Request({"CONTENT_TYPE": "multipart/form-data"})
+        with self.assertRaises(minibottle.MultipartError) as caught:
+            own.forms
+        self.assertEqual(caught.exception.status_code, 400)
+
+
 class ContextTest(UnitTest):
     """`request` and `response` are those of the code that runs, however it is interleaved."""
 
@@ -3088,6 +3108,10 @@ class RouterTest(UnitTest):
         app.route("/x/<y>", name="named", callback=lambda y: app.get_url("named", y=y))
         out = app(environ_of("/x/1", SCRIPT_NAME="/app"), lambda *args: None)
         self.assertEqual(b"".join(out), b"/app/x/1")
+
+    def test_outside_of_a_request_there_is_no_prefix(self):
+        app = self.app_of_rules("/x/<y>")
+        self.assertEqual(contextvars.Context().run(app.get_url, "/x/<y>", y=1), "/x/1")
 
     def test_matching_is_no_more_work_with_10_000_routes_than_with_10(self):
         work = []
@@ -4785,6 +4809,24 @@ class MountTest(UnitTest):
         app.mount("/c/", child)
         answer = ask(app, "/c/", "POST", form={"a": 1})
         self.assertEqual((answer.text, answer.headers["X-A"]), ("1a=1", "a=1"))
+
+    def test_urls_lead_up_and_down(self):
+        app, middle, child = App(), App(), App()
+
+        def urls(x):
+            return " ".join([app.get_url("top", x="ö"), app.get_url("middle", x=1, q=2),
+                             app.get_url("child", x=3), request.app.get_url("all", x=4)])
+        for each, name in ((app, "top"), (middle, "middle"), (child, "child")):
+            each.route("/%s/<x>" % name, name=name, callback=urls)
+            each.route("/all/<x>", name="all", callback=urls)
+        app.mount("/m m/", middle)
+        middle.mount("/c", child)
+        shared = "/top/%C3%B6 /m%20m/middle/1?q=2 /m%20m/c/child/3 "
+        for path, own in (("/top/1", "/all/4"), ("/m%20m/middle/1", "/m%20m/all/4"),
+                          ("/m%20m/c/child/1", "/m%20m/c/all/4")):
+            self.assertEqual(ask(app, path).text, shared + own)
+        with self.assertRaises(RouteBuildError):
+            app.get_url("nobody")
 
     def test_the_server_plans_by_the_route_of_the_child(self):
         app, child = App(), App()
