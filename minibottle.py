@@ -1721,9 +1721,11 @@ JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
 
 
 class LocalRequest(Request):
-    """The request of the running context."""
+    """The request of the running context; around the application, in a middleware, the one that
+    the server's thread answers."""
 
     __slots__ = ()
+    _answered: Callable = lambda self: None  # the server's: the environ of that, if there is one
 
     def bind(self, environ: Optional[dict] = None) -> None:
         """Make `environ` the one of this context."""
@@ -1733,10 +1735,12 @@ class LocalRequest(Request):
 
     @property
     def environ(self) -> Dict[str, Any]:
-        try:
-            return CURRENT.get()
-        except LookupError:
-            raise RuntimeError("Request context not initialized.") from None
+        environ = CURRENT.get(None)
+        if environ is None:
+            environ = self._answered()
+        if environ is None:
+            raise RuntimeError("Request context not initialized.")
+        return environ
 
     @environ.setter
     def environ(self, environ: dict) -> None:
@@ -4841,6 +4845,7 @@ class Worker(Loop):
         target: Any = app
         self.app = target.__call__ if hasattr(type(app).__call__, "__code__") else target
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
+        LocalRequest._answered = self.answered
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
@@ -5081,6 +5086,12 @@ class Worker(Loop):
         if type(result) is list and x.lines is not None and not x.head_sent:
             return self.send_list(x, result, now, me)
         self.respond(x, result, me)
+
+    def answered(self) -> Optional[Dict[str, Any]]:
+        """The environ of the request that the running thread answers."""
+        me = _thread.get_ident()
+        return next((hand.exchange.environ for hand in self.hands
+                     if hand.thread.ident == me and hand.exchange), None)
 
     # -- answers --
 

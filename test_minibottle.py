@@ -6567,6 +6567,26 @@ class StreamTest(WireTest):
         wire.reset()
 
 
+class AroundTest(WireTest):
+
+    def test_a_middleware_sees_the_request_before_and_after_the_application(self):
+        seen = []
+
+        def middleware(environ, start_response):
+            seen.append(request.path)
+            out = app(environ, start_response)
+            seen.append((request.path, request.route.rule, response.status_code))
+            return out
+        app = App()
+        app.route("/<x>", callback=lambda x: HTTPResponse(x, 201))
+        server = self.serve(middleware)
+        for path in ("/1", "/2"):
+            self.assertEqual(self.fetch(server, get(path)).body, path[1:].encode())
+        self.assertEqual(seen, ["/1", ("/1", "/<x>", 201), "/2", ("/2", "/<x>", 201)])
+        with self.assertRaises(RuntimeError):
+            contextvars.Context().run(getattr, request, "path")
+
+
 # === 14. Workers ==============================================================
 
 class Busy(threading.Thread):
