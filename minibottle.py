@@ -1414,8 +1414,7 @@ def from_environ(key: str, read: Callable[[str], Any]) -> Any:
 
 
 def routed(index: int, key: str) -> Any:
-    """An attribute that stands for what routing found; before that, for what is in the environ
-    under Bottle's key, as in the environ that a test makes."""
+    """What routing found; in an environ that a test makes, what is there under Bottle's key."""
     def read(self: Request) -> object:
         found = self.environ.get("minibottle.route")
         if found and isinstance(found[4], dict):
@@ -1721,11 +1720,9 @@ JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
 
 
 class LocalRequest(Request):
-    """The request of the running context; around the application, in a middleware, the one that
-    the server's thread answers."""
+    """The request of the running context; in a middleware, the one that this thread answers."""
 
     __slots__ = ()
-    _answered: Callable = lambda self: None  # the server's: the environ of that, if there is one
 
     def bind(self, environ: Optional[dict] = None) -> None:
         """Make `environ` the one of this context."""
@@ -1736,10 +1733,11 @@ class LocalRequest(Request):
     @property
     def environ(self) -> Dict[str, Any]:
         environ = CURRENT.get(None)
-        if environ is None:
-            environ = self._answered()
-        if environ is None:
-            raise RuntimeError("Request context not initialized.")
+        if environ is None:  # the server knows, where there is no application yet, or no more
+            hand = getattr(threading.current_thread(), "minibottle_hand", None)
+            if hand is None or hand.exchange is None:
+                raise RuntimeError("Request context not initialized.")
+            environ = hand.exchange.environ
         return environ
 
     @environ.setter
@@ -2718,17 +2716,14 @@ class StplParser:
             kind, start = (found.lastgroup, found.end()) if found else ("stop", start)
             self.brackets += (kind == "open") - (kind == "close")
             if kind == "stop" or kind == "newline" and self.brackets <= 0:
-                self.end_line()
+                self.end_statement()
+                self.out.append("\n")
+                self.follows = False
             elif kind == "semicolon" and self.brackets <= 0:
                 self.end_statement()
             elif found and kind != "comment":
                 self.statement.append(found[0])
         return start
-
-    def end_line(self) -> None:
-        self.end_statement()
-        self.out.append("\n")
-        self.follows = False
 
     def end_statement(self) -> None:
         """Write it, indented by the blocks around it, whatever its own indentation was."""
@@ -2837,8 +2832,9 @@ class SimpleTemplate(BaseTemplate):
         """Add the pieces of text to `out`; returns the variables as they are then."""
         env.update(
             _stdout=out, _printlist=out.extend, _str=self._str, _escape=self._escape, _rebase=None,
-            include=partial(self._include, env), rebase=partial(self._rebase, env),
-            get=env.get, setdefault=env.setdefault, defined=env.__contains__)
+            get=env.get, setdefault=env.setdefault, defined=env.__contains__,
+            include=partial(self._include, env),
+            rebase=lambda name, /, **given: env.update(_rebase=(name, given)))
         start = len(out)
         exec(self.co, env)
         if not env["_rebase"]:
@@ -2855,9 +2851,6 @@ class SimpleTemplate(BaseTemplate):
                 None, name, self.lookup, self.encoding, syntax=self.settings.get("syntax"))
             found.included = self.included  # one that includes itself is compiled once
         return found.execute(env["_stdout"], {**env, **given})
-
-    def _rebase(self, env: Dict[str, Any], name: str, /, **given: Any) -> None:
-        env["_rebase"] = name, given
 
 
 class Jinja2Template(BaseTemplate):
@@ -3560,8 +3553,7 @@ class App:
         return decorator
 
     def get_url(self, name: str, /, **args: object) -> str:
-        """The path of a route of this application or of one mounted in it, by its name or rule;
-        what is no wildcard goes into the query."""
+        """The path of a route, here or mounted, by its name or rule; other `args`: the query."""
         environ = CURRENT.get({})
         environ = environ.get("minibottle.above", {}).get(self, environ)
         return quote(Request(environ).script_name.rstrip("/")) + self.router.build(name, **args)
@@ -4357,6 +4349,7 @@ class Loop:
         hand = Hand()
         hand.thread = threading.Thread(target=self.live, args=(hand,), daemon=True,
                                        name=f"minibottle-{len(self.hands) + 1}")
+        hand.thread.minibottle_hand = hand  # for who has nothing but `request`
         try:
             hand.thread.start()
         except RuntimeError:  # the system gives no more
@@ -4845,7 +4838,6 @@ class Worker(Loop):
         target: Any = app
         self.app = target.__call__ if hasattr(type(app).__call__, "__code__") else target
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
-        LocalRequest._answered = self.answered
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
@@ -5086,12 +5078,6 @@ class Worker(Loop):
         if type(result) is list and x.lines is not None and not x.head_sent:
             return self.send_list(x, result, now, me)
         self.respond(x, result, me)
-
-    def answered(self) -> Optional[Dict[str, Any]]:
-        """The environ of the request that the running thread answers."""
-        me = _thread.get_ident()
-        return next((hand.exchange.environ for hand in self.hands
-                     if hand.thread.ident == me and hand.exchange), None)
 
     # -- answers --
 
@@ -6219,8 +6205,7 @@ class ExtFinder:
         if found is ext or child == "ext" and getattr(found, "ext", None) is ext:
             return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
-    def create_module(self, spec: Any) -> None:
-        """Python's own."""
+    create_module = do_nothing  # Python makes it
 
     def exec_module(self, module: Any) -> None:
         """A module may replace itself while it is loaded."""
@@ -6229,9 +6214,8 @@ class ExtFinder:
 
 
 ext: Any = type(sys)(__name__ + ".ext")
-ext.__file__ = __file__
-__path__: list = []
-ext.__path__ = __path__  # for the import system both are packages
+__path__: list = []  # for the import system both are packages
+ext.__file__, ext.__path__ = __file__, __path__
 sys.meta_path.append(ExtFinder())
 
 
