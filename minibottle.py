@@ -1732,13 +1732,13 @@ class LocalRequest(Request):
 
     @property
     def environ(self) -> Dict[str, Any]:
-        environ = CURRENT.get(None)
-        if environ is None:  # the server knows, where there is no application yet, or no more
+        try:
+            return CURRENT.get()
+        except LookupError:  # the server knows, where there is no application yet, or no more
             hand = getattr(threading.current_thread(), "minibottle_hand", None)
-            if hand is None or hand.exchange is None:
-                raise RuntimeError("Request context not initialized.")
-            environ = hand.exchange.environ
-        return environ
+        if hand is None or hand.exchange is None:
+            raise RuntimeError("Request context not initialized.")
+        return hand.exchange.environ
 
     @environ.setter
     def environ(self, environ: dict) -> None:
