@@ -8535,6 +8535,25 @@ page.form['up'] = webtest.Upload('a b.txt', bytes(1000))
 print(page.form.submit().text, test.cookies)
 print(test.get('/none', status=404).status)
 """,
+    "sentry_sdk": """
+import bottle, http.client, sentry_sdk, sentry_sdk.transport
+from sentry_sdk.integrations.bottle import BottleIntegration
+class Printer(sentry_sdk.transport.Transport):
+    def capture_envelope(self, envelope):
+        for item in envelope.items:
+            print(item.type, item.payload.json['transaction'], flush=True)
+sentry_sdk.init(dsn='http://a@localhost/1', transport=Printer, traces_sample_rate=1,
+                integrations=[BottleIntegration(transaction_style='url')])
+app = bottle.Bottle()
+app.route('/hello/<name>', callback=lambda name: name)
+app.route('/fail/<name>', callback=lambda name: 1 // 0)
+with minibottle.Server(app, port=0) as server:
+    for path in ('/hello/1', '/fail/1'):
+        connection = http.client.HTTPConnection('127.0.0.1', server.port)
+        connection.request('GET', path)
+        print(connection.getresponse().status, flush=True)
+        connection.close()
+""",
 }
 ASK = """
 def ask(*paths, **headers):
@@ -8554,6 +8573,8 @@ SAID = {
     "bottle_cors_plugin": '200 {"a": 1}\n200 {"a": 1}\nhttps://b.example\nhttps://a.example\n',
     "bottle_beaker": "200 1\n200 2\n200 3\n",
     "boddle": "derek!\n{'a': [1]} x y /p PUT ('u', 'p')\n",
+    "sentry_sdk": "transaction /hello/<name>\n200\nevent /fail/<name>\n"
+                  "transaction /fail/<name>\n500\n",
     "webtest": "J\xf6rg a-b.txt 1000 {'seen': 'yes'}\n404 Not Found\n",
 }
 
@@ -8588,6 +8609,10 @@ class PluginsTest(PooledTest):
     @needs("boddle")
     def test_boddle(self):
         self.check_plugin("boddle")
+
+    @needs("sentry_sdk")
+    def test_sentry(self):
+        self.check_plugin("sentry_sdk")
 
     @needs("webtest")
     def test_webtest(self):
