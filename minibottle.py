@@ -1703,8 +1703,8 @@ class Request:
 
     # -- where it was routed --
 
-    app: "App" = routed(0, "bottle.app")
-    route: "Route" = routed(3, "bottle.route")
+    app: App = routed(0, "bottle.app")
+    route: Route = routed(3, "bottle.route")
     url_args: Dict[str, Any] = routed(4, "route.url_args")
 
 
@@ -4349,7 +4349,7 @@ class Loop:
         hand = Hand()
         hand.thread = threading.Thread(target=self.live, args=(hand,), daemon=True,
                                        name=f"minibottle-{len(self.hands) + 1}")
-        hand.thread.minibottle_hand = hand  # for who has nothing but `request`
+        hand.thread.minibottle_hand = hand  # where LocalRequest looks for it
         try:
             hand.thread.start()
         except RuntimeError:  # the system gives no more

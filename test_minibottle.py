@@ -8291,7 +8291,7 @@ class LayoutTest(unittest.TestCase):
 
 BOTTLE_TESTS = os.environ.get("BOTTLE_TESTS")    # the folder `test` of Bottle 0.13's source
 
-# Runs them with this file as bottle.py, and prints as JSON how many passed and which did not. What
+# Runs them with minibottle.py as bottle.py; prints as JSON how many passed and which did not. What
 # it adds are the leftovers of Python 2 and private names that the tests use: each only hands on to
 # what does the work here. So the tests of Bottle's parser are answered by `request.POST`.
 RUN_BOTTLE_TESTS = r"""
