@@ -112,8 +112,8 @@ __all__ = (
     "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
     "TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager JSONPlugin "
     "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
-    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError auth_basic "
-    "parse_auth cookie_encode cookie_decode cookie_is_encoded "
+    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError MultipartError "
+    "auth_basic parse_auth cookie_encode cookie_decode cookie_is_encoded "
     "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
     "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError "
     "TemplatePlugin html_escape html_quote http_date parse_date parse_range_header path_shift"
@@ -1443,6 +1443,18 @@ def from_environ(key: str, read: Callable[[str], Any]) -> Any:
     return property(lambda self: read(self.environ.get(key) or ""))
 
 
+def routed(index: int, key: str) -> Any:
+    """What routing found; in an environ that a test makes, what is there under Bottle's key."""
+    def read(self: Request) -> object:
+        found = self.environ.get("minibottle.route")
+        if found and isinstance(found[4], dict):
+            return found[index]
+        if key in self.environ:
+            return self.environ[key]
+        raise RuntimeError("This request is not connected to a route.")
+    return property(read)
+
+
 class Request:
     """One request: `request.path`, `.query`, `.headers`, `.json`, … read from `request.environ`.
 
@@ -1722,23 +1734,9 @@ class Request:
 
     # -- where it was routed --
 
-    @property
-    def app(self) -> "App":
-        return self._routed()[0]
-
-    @property
-    def route(self) -> "Route":
-        return self._routed()[3]
-
-    @property
-    def url_args(self) -> Dict[str, Any]:
-        return self._routed()[4]
-
-    def _routed(self) -> tuple:
-        found = self.environ.get("minibottle.route")
-        if not found or not isinstance(found[4], dict):
-            raise RuntimeError("This request is not connected to a route.")
-        return found
+    app: App = routed(0, "bottle.app")
+    route: Route = routed(3, "bottle.route")
+    url_args: Dict[str, Any] = routed(4, "route.url_args")
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -1753,7 +1751,7 @@ JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
 
 
 class LocalRequest(Request):
-    """The request of the running context."""
+    """The request of the running context; in a middleware, the one that this thread answers."""
 
     __slots__ = ()
 
@@ -1767,8 +1765,11 @@ class LocalRequest(Request):
     def environ(self) -> Dict[str, Any]:
         try:
             return CURRENT.get()
-        except LookupError:
-            raise RuntimeError("Request context not initialized.") from None
+        except LookupError:  # the server knows, where there is no application yet, or no more
+            hand = getattr(threading.current_thread(), "minibottle_hand", None)
+        if hand is None or hand.exchange is None:
+            raise RuntimeError("Request context not initialized.")
+        return hand.exchange.environ
 
     @environ.setter
     def environ(self, environ: dict) -> None:
@@ -2004,7 +2005,7 @@ class LocalResponse(Response):
     body = forwarded("body")
 
 
-BaseRequest, BaseResponse = Request, Response  # Bottle's names
+BaseRequest, BaseResponse, MultipartError = Request, Response, HTTPError  # Bottle's names
 response = LocalResponse()
 request = LocalRequest()  # code outside of requests may look at it where this file is imported
 
@@ -2480,6 +2481,7 @@ class Router:
         self.tables: Dict[str, RouteTable] = {}       # by method
         self.orders: Dict[str, List[RouteTable]] = {}  # method -> the tables to ask, in this order
         self.builders: Dict[str, list] = {}            # name or rule -> its parts
+        self.mounted: List[Tuple[str, Router]] = []    # (prefix, router) below
         self.count = 0
         self.memo: Dict[str, Dict[str, tuple]] = {}    # method -> PATH_INFO -> what an App found
 
@@ -2620,12 +2622,19 @@ class Router:
             return HTTPResponse("", 204, Allow=", ".join(methods))
         return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
 
+    def parts_of(self, name: str) -> Optional[list]:
+        """Of a name or rule that is known here, else below."""
+        if name in self.builders:
+            return self.builders[name]
+        below = ((prefix, router.parts_of(name)) for prefix, router in self.mounted)
+        return next((self.parse(prefix) + parts for prefix, parts in below if parts), None)
+
     def build(self, name: str, /, *anonymous: object, **args: object) -> str:
         """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError.
 
         Wildcards without a name take the positional arguments.
         """
-        parts = self.builders.get(name)
+        parts = self.parts_of(name)
         if parts is None:
             raise RouteBuildError(f"no route has the name or rule {name!r}")
         path = ""
@@ -2668,6 +2677,8 @@ TEMPLATES: Dict[tuple, BaseTemplate] = {}  # what template() has compiled
 STPL_SYNTAX = "<% %> % {{ }}"              # a block of code: begin, end; a line; {{expression}}
 STPL_OPENS = ("if", "for", "while", "with", "try", "def", "class", "async")
 STPL_CONTINUES = ("elif", "else", "except", "finally")
+STPL_STRING = "|".join(                    # in an expression, which no }} in it ends
+    rf"{3*q}(?:(?!{3*q})[^\\]|\\[\s\S])*{3*q}|{q}(?!{2*q})(?:[^\\\n{q}]|\\.)*{q}" for q in "'\"")
 STPL_CODE = r"""(?mx) (?P<string> (?P<quote> '''|\"""|'|") (?:\\[\s\S]|[^\\])*? (?P=quote) )
     |(?P<comment> \#.*? (?=%s[ \t]*\r?$|\r?$) ) |(?P<stop> %s[ \t]*(?:\r?\n|\Z) )
     |(?P<open> [\[({] ) |(?P<close> [\])}] ) |(?P<semicolon> ; )
@@ -2693,8 +2704,7 @@ class StplParser:
         self.escaped = re.compile(rf"(?m)^([ \t]*)\\({line}|{begin})")
         self.line = re.compile(STPL_CODE % ("(?!)", "(?!)"))
         self.block = re.compile(STPL_CODE % (end, end))
-        string = r"""'(?:[^\\'\n]|\\.)*'|"(?:[^\\"\n]|\\.)*\""""
-        self.inline = re.compile(rf"{left}((?:{string}|(?!{left})[^'\"\n])*?){right}")
+        self.inline = re.compile(rf"{left}((?:{STPL_STRING}|(?!{left})[^'\"\n])*?){right}")
         self.out: List[str] = []        # Python, as many lines as have been read
         self.statement: List[str] = []  # tokens of the one at hand
         self.brackets = 0               # that it has open
@@ -2737,17 +2747,14 @@ class StplParser:
             kind, start = (found.lastgroup, found.end()) if found else ("stop", start)
             self.brackets += (kind == "open") - (kind == "close")
             if kind == "stop" or kind == "newline" and self.brackets <= 0:
-                self.end_line()
+                self.end_statement()
+                self.out.append("\n")
+                self.follows = False
             elif kind == "semicolon" and self.brackets <= 0:
                 self.end_statement()
             elif found and kind != "comment":
                 self.statement.append(found[0])
         return start
-
-    def end_line(self) -> None:
-        self.end_statement()
-        self.out.append("\n")
-        self.follows = False
 
     def end_statement(self) -> None:
         """Write it, indented by the blocks around it, whatever its own indentation was."""
@@ -2856,8 +2863,9 @@ class SimpleTemplate(BaseTemplate):
         """Add the pieces of text to `out`; returns the variables as they are then."""
         env.update(
             _stdout=out, _printlist=out.extend, _str=self._str, _escape=self._escape, _rebase=None,
-            include=partial(self._include, env), rebase=partial(self._rebase, env),
-            get=env.get, setdefault=env.setdefault, defined=env.__contains__)
+            get=env.get, setdefault=env.setdefault, defined=env.__contains__,
+            include=partial(self._include, env),
+            rebase=lambda name, /, **given: env.update(_rebase=(name, given)))
         start = len(out)
         exec(self.co, env)
         if not env["_rebase"]:
@@ -2874,9 +2882,6 @@ class SimpleTemplate(BaseTemplate):
                 None, name, self.lookup, self.encoding, syntax=self.settings.get("syntax"))
             found.included = self.included  # one that includes itself is compiled once
         return found.execute(env["_stdout"], {**env, **given})
-
-    def _rebase(self, env: Dict[str, Any], name: str, /, **given: Any) -> None:
-        env["_rebase"] = name, given
 
 
 class Jinja2Template(BaseTemplate):
@@ -3284,7 +3289,7 @@ class Mount:
         prefix = environ.get("SCRIPT_NAME", "").rstrip("/") + "/".join(segments[:self.depth + 1])
         return {**environ, "SCRIPT_NAME": prefix, "minibottle.response": None,
                 "PATH_INFO": "/" + "/".join(segments[self.depth + 1:]),
-                "minibottle.above": (self.parent, *environ.get("minibottle.above", ()))}
+                "minibottle.above": {self.parent: environ, **environ.get("minibottle.above", {})}}
 
     def plan(self, environ: Dict[str, Any]) -> Plan:
         plan = getattr(self.app, "minibottle_plan", None)
@@ -3502,6 +3507,7 @@ class App:
         base = "/" + "/".join(segments)
         if isinstance(app, App):
             app.config.update("_mount", prefix=prefix, app=self)
+            self.router.mounted.append((base, app.router))
         options = {"skip": True, "method": "PROXY", **options}
         self.route([base + "/<:re:.*>"] + [base] * (not prefix.endswith("/")),
                    callback=Mount(self, app, len(segments)),
@@ -3578,8 +3584,10 @@ class App:
         return decorator
 
     def get_url(self, name: str, /, **args: object) -> str:
-        """The path of a route, by its name or rule; what is no wildcard goes into the query."""
-        return request.script_name.rstrip("/") + self.router.build(name, **args)
+        """The path of a route, here or mounted, by its name or rule; other `args`: the query."""
+        environ = CURRENT.get({})
+        environ = environ.get("minibottle.above", {}).get(self, environ)
+        return quote(Request(environ).script_name.rstrip("/")) + self.router.build(name, **args)
 
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
@@ -4372,6 +4380,7 @@ class Loop:
         hand = Hand()
         hand.thread = threading.Thread(target=self.live, args=(hand,), daemon=True,
                                        name=f"minibottle-{len(self.hands) + 1}")
+        hand.thread.minibottle_hand = hand  # where LocalRequest looks for it
         try:
             hand.thread.start()
         except RuntimeError:  # the system gives no more
@@ -6227,8 +6236,7 @@ class ExtFinder:
         if found is ext or child == "ext" and getattr(found, "ext", None) is ext:
             return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
-    def create_module(self, spec: Any) -> None:
-        """Python's own."""
+    create_module = do_nothing  # Python makes it
 
     def exec_module(self, module: Any) -> None:
         """A module may replace itself while it is loaded."""
@@ -6237,9 +6245,8 @@ class ExtFinder:
 
 
 ext: Any = type(sys)(__name__ + ".ext")
-ext.__file__ = __file__
-__path__: list = []
-ext.__path__ = __path__  # for the import system both are packages
+__path__: list = []  # for the import system both are packages
+ext.__file__, ext.__path__ = __file__, __path__
 sys.meta_path.append(ExtFinder())
 
 

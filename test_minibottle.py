@@ -2303,6 +2303,26 @@ class ResponseTest(UnitTest):
             self.assertEqual("%d %s" % (answer.status_code, answer.headers["Location"]), expected)
 
 
+    def test_where_it_was_routed_may_come_from_an_environ_that_a_test_makes(self):
+        own = Request({})
+        for name, key in (("app", "bottle.app"), ("route", "bottle.route"),
+                          ("url_args", "route.url_args")):
+            with self.assertRaisesRegex(RuntimeError, "not connected to a route"):
+                getattr(own, name)
+            own.environ[key] = key
+            self.assertEqual(getattr(own, name), key)
+        app = app_of(lambda x: {"rule": request.route.rule, "x": request.url_args}, "/<x>")
+        environ = {"bottle.app": 1, "bottle.route": 2, "route.url_args": 3}  # of a Bottle around
+        out = app(environ_of("/5", **environ), lambda *args: None)
+        self.assertEqual(json.loads(b"".join(out)), {"rule": "/<x>", "x": {"x": "5"}})
+
+    def test_a_form_that_cannot_be_read_is_a_MultipartError(self):
+        own = Request({"CONTENT_TYPE": "multipart/form-data"})
+        with self.assertRaises(minibottle.MultipartError) as caught:
+            own.forms
+        self.assertEqual(caught.exception.status_code, 400)
+
+
 class ContextTest(UnitTest):
     """`request` and `response` are those of the code that runs, however it is interleaved."""
 
@@ -3089,6 +3109,10 @@ class RouterTest(UnitTest):
         out = app(environ_of("/x/1", SCRIPT_NAME="/app"), lambda *args: None)
         self.assertEqual(b"".join(out), b"/app/x/1")
 
+    def test_outside_of_a_request_there_is_no_prefix(self):
+        app = self.app_of_rules("/x/<y>")
+        self.assertEqual(contextvars.Context().run(app.get_url, "/x/<y>", y=1), "/x/1")
+
     def test_matching_is_no_more_work_with_10_000_routes_than_with_10(self):
         work = []
         for count in (10, 10000):
@@ -3194,6 +3218,14 @@ class TemplateSyntaxTest(UnitTest):
             ("{{UNICODE}}" + UNICODE, UNICODE * 2), ("", ""), ("{{''}}", "")],
             x="<a> & \"b\" 'c'", data="<ö>".encode(), none=None, UNICODE=UNICODE)
 
+    def test_a_string_in_an_expression_may_hold_quotes_and_marks(self):
+        self.assertRenders([
+            ("{{!'\"}}'}} {{!\"it's}}\"}} it's {{''}}", "\"}} it's}} it's "),
+            ("it's {{!'''it's {{x}}'''}} {{!'''a''b\"'''}}", "it's it's {{x}} a''b\""),
+            ('{{!"""a"}}b""c"""}}{{x if 0 else """\'"}"""}}', 'a"}}b""c&#039;&quot;}'),
+            ("{{!'''a\n'b' }}\n\\''''}}{{''''''}}.", "a\n'b' }}\n'."),
+            ("{{!'' + '''a'''}}'''{{'b' 'c'}}'", "a'''bc'")])
+
     def test_code_vanishes_and_its_indentation_means_nothing(self):
         self.assertRenders([
             ("a\n  % x = 1 # why; not\n%\n%# no: code\n{{x}}\n", "a\n1\n"),
@@ -3264,7 +3296,8 @@ class TemplateSyntaxTest(UnitTest):
         self.assertEqual(SimpleTemplate("{{x}}").render(FormsDict(x="ö")), "ö")
 
     def test_parsing_takes_linear_time(self):
-        for piece in ("{{", "{{'", "'''", "% x = ((\n", "\\\\\n", "<% # %> #", "%if 1:\n%end\n"):
+        for piece in ("{{", "{{'", "'''", "{{'''", "{{''' ''", "% x = ((\n", "\\\\\n",
+                      "<% # %> #", "%if 1:\n%end\n"):
             with self.subTest(piece=piece):
                 started = time.monotonic()
                 with contextlib.suppress(SyntaxError, TemplateError):
@@ -3289,6 +3322,7 @@ class TemplateErrorTest(UnitTest):
         for source, line in (
                 ("a\nb {{x}}\nc {{1 // 0}} d\ne", 3), ("% 1 // 0", 1), ("\\\\\n% 1 // 0\na", 2),
                 ("a\n<% b = 1\n# c\n\n1 // 0\n%>\nd", 5), ("a\r\n\r\n{{1 // 0}}\r\n", 3),
+                ("{{'''a\n\n'''}}\nb {{1 // 0}}", 4),
                 ('% a = """\n\n"""\n{{x}}\n% for i in (\n%   1,\n% ):\n\n{{i}}\n% 1 // 0\n', 10),
                 ("% if x:\n%   y = 1\n%# z\n% end\n\\% a\n\n  {{1 // 0}}", 7),
                 ("% def f():\na\n{{1 // 0}}\n% end\n\n% f()", 3)):
@@ -4775,6 +4809,24 @@ class MountTest(UnitTest):
         app.mount("/c/", child)
         answer = ask(app, "/c/", "POST", form={"a": 1})
         self.assertEqual((answer.text, answer.headers["X-A"]), ("1a=1", "a=1"))
+
+    def test_urls_lead_up_and_down(self):
+        app, middle, child = App(), App(), App()
+
+        def urls(x):
+            return " ".join([app.get_url("top", x="ö"), app.get_url("middle", x=1, q=2),
+                             app.get_url("child", x=3), request.app.get_url("all", x=4)])
+        for each, name in ((app, "top"), (middle, "middle"), (child, "child")):
+            each.route("/%s/<x>" % name, name=name, callback=urls)
+            each.route("/all/<x>", name="all", callback=urls)
+        app.mount("/m m/", middle)
+        middle.mount("/c", child)
+        shared = "/top/%C3%B6 /m%20m/middle/1?q=2 /m%20m/c/child/3 "
+        for path, own in (("/top/1", "/all/4"), ("/m%20m/middle/1", "/m%20m/all/4"),
+                          ("/m%20m/c/child/1", "/m%20m/c/all/4")):
+            self.assertEqual(ask(app, path).text, shared + own)
+        with self.assertRaises(RouteBuildError):
+            app.get_url("nobody")
 
     def test_the_server_plans_by_the_route_of_the_child(self):
         app, child = App(), App()
@@ -6515,6 +6567,26 @@ class StreamTest(WireTest):
         wire.reset()
 
 
+class AroundTest(WireTest):
+
+    def test_a_middleware_sees_the_request_before_and_after_the_application(self):
+        seen = []
+
+        def middleware(environ, start_response):
+            seen.append(request.path)
+            out = app(environ, start_response)
+            seen.append((request.path, request.route.rule, response.status_code))
+            return out
+        app = App()
+        app.route("/<x>", callback=lambda x: HTTPResponse(x, 201))
+        server = self.serve(middleware)
+        for path in ("/1", "/2"):
+            self.assertEqual(self.fetch(server, get(path)).body, path[1:].encode())
+        self.assertEqual(seen, ["/1", ("/1", "/<x>", 201), "/2", ("/2", "/<x>", 201)])
+        with self.assertRaises(RuntimeError):
+            contextvars.Context().run(getattr, request, "path")
+
+
 # === 14. Workers ==============================================================
 
 class Busy(threading.Thread):
@@ -8219,78 +8291,118 @@ class LayoutTest(unittest.TestCase):
 
 BOTTLE_TESTS = os.environ.get("BOTTLE_TESTS")    # the folder `test` of Bottle 0.13's source
 
-# Runs them with minibottle under the name bottle, and prints as JSON how many passed and which did
-# not. The names that it adds are private ones and leftovers of Python 2 that the tests import.
+# Runs them with minibottle.py as bottle.py; prints as JSON how many passed and which did not. What
+# it adds are the leftovers of Python 2 and private names that the tests use: each only hands on to
+# what does the work here. So the tests of Bottle's parser are answered by `request.POST`.
 RUN_BOTTLE_TESTS = r"""
-import datetime, io, json, os, sys, types, unittest
-import minibottle
+import contextvars, datetime, io, json, os, sys, types, unittest
+import bottle
+from bottle import FILTERS, FileUpload, HeaderDict, Request, Router, Settings
+
+def touni(text, encoding="utf8", errors="strict"):
+    return text.decode(encoding, errors) if isinstance(text, bytes) else str(text or "")
+
+class Part:
+    charset = "utf8"
+
+    def __init__(self, name, found):            # a field's text, or a file
+        is_file = isinstance(found, FileUpload)
+        self.name = name
+        self.filename = found.filename if is_file else None
+        self.content_type = found.content_type if is_file else None
+        self.file = found.file if is_file else io.BytesIO(found.encode())
+        self.raw = self.file.read()
+        self.file.seek(0)
+        self.close = self.file.close
+
+    value = property(lambda self: self.raw.decode())
+
+    def is_buffered(self):
+        return type(self.file) is io.BytesIO
+
+class MultipartParser:
+    def __init__(self, source, boundary, content_length=-1, charset="utf8", buffer_size=None,
+                 disk_limit=1 << 30, mem_limit=1 << 20, memfile_limit=1 << 18):
+        self.request = Request({
+            "wsgi.input": source, "CONTENT_LENGTH": str(len(source.getvalue())),
+            "CONTENT_TYPE": f"multipart/form-data; boundary={boundary or ''}",
+            "minibottle.settings": Settings(max_body=disk_limit, max_form_memory=mem_limit,
+                                            spool_threshold=memfile_limit)})
+
+    def parse(self):
+        return [Part(*pair) for pair in self.request.POST.allitems()]
+
+def parse_http_header(text):
+    if not text.startswith("form-data"):
+        return [bottle.parse_options(text)]
+    part = bottle.open_part(HeaderDict({"Content-Disposition": text}))
+    return [("form-data", {"name": part.name, "filename": part.raw_filename})]
+
 for name, value in {
-        "tob": lambda s, enc="utf8": s.encode(enc) if isinstance(s, str) else bytes(s or b""),
-        "touni": lambda s, enc="utf8", err="strict":
-            s.decode(enc, err) if isinstance(s, bytes) else "" if s is None else str(s),
-        "BytesIO": io.BytesIO, "json_dumps": json.dumps, "py3k": True, "unicode": str,
-        "py": sys.version_info, "UTC": datetime.timezone.utc, "new_module": types.ModuleType,
-        **dict.fromkeys(("tonat", "_MultipartParser", "_parse_http_header", "_re_flatten",
-                         "MakoTemplate", "mako_template", "mako_view"))}.items():
-    if not hasattr(minibottle, name):
-        setattr(minibottle, name, value)
-minibottle.tonat = minibottle.touni
-sys.modules["bottle"] = minibottle
+        "tob": lambda text, encoding="utf8":
+            text.encode(encoding) if isinstance(text, str) else bytes(text or b""),
+        "touni": touni, "tonat": touni, "BytesIO": io.BytesIO, "json_dumps": json.dumps,
+        "py3k": True, "unicode": str, "py": sys.version_info, "UTC": datetime.timezone.utc,
+        "new_module": types.ModuleType, "_MultipartParser": MultipartParser,
+        "_parse_http_header": parse_http_header,
+        "_re_flatten": lambda pattern: FILTERS["re"](pattern)[0],
+        **dict.fromkeys(("MakoTemplate", "mako_template", "mako_view"))}.items():
+    if not hasattr(bottle, name):
+        setattr(bottle, name, value)
+Router._MAX_GROUPS_PER_PATTERN = 99             # Bottle's: the tests ask for some more routes
+
+def run(test):
+    bottle.request.bind()                       # some take for granted that there is one
+    unittest.TestSuite([test]).run(result)
+
 result = unittest.TestResult()
 for name in sorted(os.listdir("test")):
-    if name.startswith("test_") and name.endswith(".py"):
-        unittest.defaultTestLoader.loadTestsFromName("test." + name[:-3]).run(result)
+    if name.startswith("test_") and name != "test_mako.py":     # there is no Mako here
+        for tests in unittest.defaultTestLoader.loadTestsFromName("test." + name[:-3]):
+            for test in tests:
+                contextvars.copy_context().run(run, test)
 bad = sorted({str(test.id()).split(" (")[0] for test, _ in result.failures + result.errors})
 print(json.dumps([result.testsRun, len(result.skipped), bad]), file=sys.__stdout__)
 """
 
 # What is not as there, and why; names as class.test.
 LEFT_OUT = {
-    "it asks for a private name": """
-        TestConfDict.test_gc_overlays TestHttpUtils.test_accept_header TestReFlatten.test_re_flatten
-        TestRouter.test_lots_of_routes TestRouterInCGIMode.test_lots_of_routes
-        TestBrokenMultipart.test_big_boundary TestBrokenMultipart.test_content_length_to_small
-        TestBrokenMultipart.test_disk_limit TestBrokenMultipart.test_invalid_header
-        TestBrokenMultipart.test_mem_limit TestBrokenMultipart.test_missing_boundary
-        TestBrokenMultipart.test_missing_content_type
-        TestBrokenMultipart.test_no_disposition_header
-        TestBrokenMultipart.test_no_newline_after_content
-        TestBrokenMultipart.test_no_newline_after_middle_content
-        TestBrokenMultipart.test_no_start_boundary TestBrokenMultipart.test_no_terminator
-        TestBrokenMultipart.test_preamble_before_start_boundary
-        TestBrokenMultipart.test_unsupported_content_type TestHeaderParser.test_options_parser
-        TestMultipartParser.test_big_file TestMultipartParser.test_file_seek
+    "a private name, for which there is nothing here": """
+        TestConfDict.test_gc_overlays TestHttpUtils.test_accept_header""",
+    "the multipart parser looks for boundaries, and has no lines": """
         TestMultipartParser.test_fuzzy_lineiter TestMultipartParser.test_iterlines
-        TestMultipartParser.test_iterlines_limit TestMultipartParser.test_multiline_header
-        TestMultipartParser.test_unicode_value TestWerkzeugExamples.test_werkzeug_examples""",
-    "it sets environ keys that are private to Bottle": """
-        TestRequest.test_app_property TestRequest.test_route_property
-        TestRequest.test_url_for_property""",
-    "a Location stays relative (RFC 9110 10.2.2), and cookies join the answer as it is applied": """
+        TestMultipartParser.test_iterlines_limit""",
+    "a form's files may be larger than memory, all together too: they go to disk":
+        "TestBrokenMultipart.test_mem_limit",
+    "a Content-Length of a part means nothing (RFC 7578 4.8)":
+        "TestBrokenMultipart.test_content_length_to_small",
+    "a Location stays relative (RFC 9110 10.2.2)": """
         TestRedirect.test_absolute_path TestRedirect.test_host_http_1_0
         TestRedirect.test_host_http_1_1 TestRedirect.test_host_http_proxy
-        TestRedirect.test_redirect_preserve_cookies TestRedirect.test_relative_path
-        TestRedirect.test_sheme TestRedirect.test_specialchars TestWsgi.test_303""",
+        TestRedirect.test_relative_path TestRedirect.test_sheme
+        TestRedirect.test_specialchars TestWsgi.test_303""",
+    "cookies join a redirect as it is applied, not as it is raised":
+        "TestRedirect.test_redirect_preserve_cookies",
     "text is UTF-8 everywhere, as in Bottle 0.14": """
         TestRequest.test_get TestRequest.test_post TestFormsDict.test_attr_access
         TestFormsDict.test_attr_unicode_error TestFormsDict.test_decode_method""",
     "X-Forwarded-For is what a client says": """
         TestRequest.test_remote_addr TestRequest.test_remote_route""",
     "of two cookies of one name the first counts (RFC 6265 5.4)": "TestRequest.test_cookie_dict",
-    "a signed cookie is JSON, no pickle": """
+    "a signed cookie is JSON, no pickle, and so holds no bytes": """
         TestSignedCookiesWithPickle.testValid TestSignedCookiesWithPickle.testWrongKey""",
-    "a reason phrase is ASCII (RFC 9112 4)": "TestResponse.test_set_status",
+    "a reason phrase is ASCII: clients are to ignore it (RFC 9112 4)":
+        "TestResponse.test_set_status",
     "environ holds text only (PEP 3333)": "TestWSGIHeaderDict.test_bytes",
-    "request[...] = is no special case for some keys": "TestRequest.test_readonly_environ",
-    "out of memory is an error of one request": "TestAppException.test_memory_error",
+    "no key makes environ read-only; Bottle itself never sets the one it has for that":
+        "TestRequest.test_readonly_environ",
+    "out of memory is an error of one request: 500, and the worker serves on":
+        "TestAppException.test_memory_error",
     "a list is JSON, an empty one too": "TestOutputFilter.test_emptylist",
     "the 500 page has other words": """
         TestOutputFilter.test_illegal TestOutputFilter.test_invalid_generator_callback""",
-    "the class is minibottle's": "TestWsgi.test_401",
-    "a mounted application is its own; url() asks the default one":
-        "TestAppMounting.test_mount_get_url",
-    "a prefix without a slash is as good": "TestAppMounting.test_no_slash_prefix",
-    "no request is left bound after its end": "TestRouteDecorator.test_name",
+    "a prefix without a slash is as good, and brings no DeprecationWarning":
+        "TestAppMounting.test_no_slash_prefix",
 }
 
 
@@ -8302,6 +8414,7 @@ class BottlesOwnTest(unittest.TestCase):
     def test_they_pass_but_for_a_list_with_reasons(self):
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(BOTTLE_TESTS, os.path.join(folder, "test"))
+            shutil.copy(minibottle.__file__, os.path.join(folder, "bottle.py"))
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", RUN_BOTTLE_TESTS], cwd=folder,
                 env=make_environment(PYTHONPATH=ROOT), stdin=subprocess.DEVNULL,
@@ -8310,7 +8423,7 @@ class BottlesOwnTest(unittest.TestCase):
         count, skipped, bad = json.loads(done.stdout.splitlines()[-1])
         known = " ".join(LEFT_OUT.values()).split()
         self.assertEqual(sorted(name.split(".", 2)[2] for name in bad), sorted(known))
-        self.assertGreaterEqual(count - skipped - len(bad), 298)  # 308 where jinja2 is
+        self.assertGreaterEqual(count - skipped - len(bad), 325)  # 335 where jinja2 is
 
 
 ALIAS = "import sys, minibottle\nminibottle.install_as_bottle()\n"
@@ -8422,6 +8535,25 @@ page.form['up'] = webtest.Upload('a b.txt', bytes(1000))
 print(page.form.submit().text, test.cookies)
 print(test.get('/none', status=404).status)
 """,
+    "sentry_sdk": """
+import bottle, http.client, sentry_sdk, sentry_sdk.transport
+from sentry_sdk.integrations.bottle import BottleIntegration
+class Printer(sentry_sdk.transport.Transport):
+    def capture_envelope(self, envelope):
+        for item in envelope.items:
+            print(item.type, item.payload.json['transaction'], flush=True)
+sentry_sdk.init(dsn='http://a@localhost/1', transport=Printer, traces_sample_rate=1,
+                integrations=[BottleIntegration(transaction_style='url')])
+app = bottle.Bottle()
+app.route('/hello/<name>', callback=lambda name: name)
+app.route('/fail/<name>', callback=lambda name: 1 // 0)
+with minibottle.Server(app, port=0) as server:
+    for path in ('/hello/1', '/fail/1'):
+        connection = http.client.HTTPConnection('127.0.0.1', server.port)
+        connection.request('GET', path)
+        print(connection.getresponse().status, flush=True)
+        connection.close()
+""",
 }
 ASK = """
 def ask(*paths, **headers):
@@ -8441,6 +8573,8 @@ SAID = {
     "bottle_cors_plugin": '200 {"a": 1}\n200 {"a": 1}\nhttps://b.example\nhttps://a.example\n',
     "bottle_beaker": "200 1\n200 2\n200 3\n",
     "boddle": "derek!\n{'a': [1]} x y /p PUT ('u', 'p')\n",
+    "sentry_sdk": "transaction /hello/<name>\n200\nevent /fail/<name>\n"
+                  "transaction /fail/<name>\n500\n",
     "webtest": "J\xf6rg a-b.txt 1000 {'seen': 'yes'}\n404 Not Found\n",
 }
 
@@ -8475,6 +8609,10 @@ class PluginsTest(PooledTest):
     @needs("boddle")
     def test_boddle(self):
         self.check_plugin("boddle")
+
+    @needs("sentry_sdk")
+    def test_sentry(self):
+        self.check_plugin("sentry_sdk")
 
     @needs("webtest")
     def test_webtest(self):
