@@ -3587,7 +3587,8 @@ class App:
         """The path of a route, here or mounted, by its name or rule; other `args`: the query."""
         environ = CURRENT.get({})
         environ = environ.get("minibottle.above", {}).get(self, environ)
-        return quote(Request(environ).script_name.rstrip("/")) + self.router.build(name, **args)
+        prefix = percent_encode(Request(environ).script_name.rstrip("/"))
+        return prefix + self.router.build(name, **args)
 
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
