@@ -76,7 +76,7 @@ from minibottle import (
     HTTPResponse, MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings,
     SimpleTemplate, TemplateError, TestClient, UsageError, WSGIHeaderDict, abort, accepts_gzip,
     auth_basic, cookie_decode, cookie_encode, cookie_is_encoded, format_field, html_escape,
-    http_date, iter_chunked, iter_multipart, negotiate_gzip, parse_auth, parse_cookies, parse_date,
+    http_date, iter_chunked, iter_parts, negotiate_gzip, parse_auth, parse_cookies, parse_date,
     parse_framing, parse_head, parse_qsl, parse_range_header, path_shift, redirect, request,
     response, safe_join, static_file, view)
 
@@ -1786,34 +1786,25 @@ def close_files(got):
 class MultipartTest(UnitTest):
     """RFC 7578, RFC 2046 5.1."""
 
-    def events(self, body, size):
-        """What the decoder makes of `body` in steps of `size` bytes, pieces joined."""
-        buf, at, events = bytearray(), 0, []
-        for event in iter_multipart(buf, BOUNDARY):
-            if isinstance(event, HeaderDict):
-                events += [dict(event), b""]
-            elif event:
-                events[-1] += event
-            elif at >= len(body):
-                raise EOFError
-            else:
-                buf += body[at:at + size]
-                at += size
-        return events
+    def parts(self, body):
+        """What the decoder makes of `body`: headers and content."""
+        return [(dict(headers), body[start:end])
+                for headers, start, end in iter_parts(io.BytesIO(body), BOUNDARY)]
 
-    def test_a_form_reads_the_same_whole_and_byte_by_byte(self):
-        body = b"preamble\r\n" + form(
-            part("a", "1"), part("b", "\r\n--X-boun\r\n--x-bound\r\n-", "b.txt",
-                                 "Content-Type: a/b"), part("c", "")) + b"epilogue\r\n--X-bound"
-        expected = self.events(body, 1 << 20)
-        self.assertEqual(expected, [
-            {"Content-Disposition": 'form-data; name="a"'}, b"1",
-            {"Content-Disposition": 'form-data; name="b"; filename="b.txt"',
-             "Content-Type": "a/b"}, b"\r\n--X-boun\r\n--x-bound\r\n-",
-            {"Content-Disposition": 'form-data; name="c"'}, b""])
-        for size in (1, 2, 3, 7, 30, len(body) - 1):
+    def test_a_form_reads_the_same_wherever_the_blocks_end_in_which_it_is_searched(self):
+        parts = (part("a", "1"), part("b", "\r\n--X-boun\r\n--x-bound\r\n-", "b.txt",
+                                      "Content-Type: a/b"), part("c", ""))
+        expected = [({"Content-Disposition": 'form-data; name="a"'}, b"1"),
+                    ({"Content-Disposition": 'form-data; name="b"; filename="b.txt"',
+                      "Content-Type": "a/b"}, b"\r\n--X-boun\r\n--x-bound\r\n-"),
+                    ({"Content-Disposition": 'form-data; name="c"'}, b"")]
+        self.assertEqual(self.parts(form(*parts)), expected)
+        for size in (0, 1, *range(4070, 4100), 131060, 200000):
             with self.subTest(size=size):
-                self.assertEqual(self.events(body, size), expected)
+                body = b"p" * size + b"\r\n" + form(*parts) + b"epilogue\r\n--X-bound"
+                self.assertEqual(self.parts(body), expected)
+                (_, long), *others = self.parts(form(part("x", b"x" * size), *parts))
+                self.assertEqual((len(long), others), (size, expected))
 
     def test_fields_and_files_come_apart(self):
         got = multipart(form(part("a", UNICODE), part("f", b"\xff\0", UNICODE + ".bin", "X-A: ö"),
@@ -1849,7 +1840,7 @@ class MultipartTest(UnitTest):
                 (b"", "last boundary"), (good, "last boundary"), (good + b"--X-bound", "last"),
                 (form(good, end=b"--X-bound-"), "last"), (b"--other--\r\n", "last boundary"),
                 (form(good, end=b"--X-boundless\r\n\r\n"), "followed by"),
-                (form(good[:-2]), "last boundary"), (b"--X-bound\r\n\r\nx\r\n", "Disposition"),
+                (form(good[:-2]), "last boundary"), (b"--X-bound\r\n\r\nx\r\n", "last"),
                 (form(b"--X-bound\r\nContent-Type: a/b\r\n\r\nx\r\n"), "Content-Disposition"),
                 (form(part("a", "", None, "no colon")), "no colon"),
                 (form(part("a", "", None, "X-A : b")), "white space before the colon"),
@@ -1890,14 +1881,23 @@ class MultipartTest(UnitTest):
         self.assertEqual({len(upload.file.read()) for upload in got.files.values()}, {61440})
         close_files(got)
 
-    def test_files_are_kept_in_memory_up_to_a_limit_for_all_together(self):
-        limits = Settings(spool_threshold=3000)
-        got = multipart(form(*[part("f", b"x" * 999, "f")] * 5),
-                        **{"minibottle.settings": limits})
-        self.assertEqual([type(upload.file) is io.BytesIO for upload in got.files.getall("f")],
-                         [True, True, True, False, False])
-        self.assertEqual({upload.file.read() for upload in got.files.getall("f")}, {b"x" * 999})
-        close_files(got)
+    def test_the_files_of_a_large_form_are_parts_of_one_file_on_disk(self):
+        body = form(*[part("f", bytes([i]) * 999, "f") for i in range(5)])
+        for limit, in_memory in ((len(body), True), (len(body) - 1, False)):
+            got = multipart(body, **{"minibottle.settings": Settings(spool_threshold=limit)})
+            files = [upload.file for upload in got.files.getall("f")]
+            with self.subTest(limit=limit):
+                self.assertEqual({type(file) is io.BytesIO for file in files}, {in_memory})
+                self.assertEqual([file.read(500) for file in files],
+                                 [bytes([i]) * 500 for i in range(5)])
+                self.assertEqual(got.body.read(), body)  # neither disturbs the other
+                for i, file in enumerate(files):
+                    self.assertEqual((file.tell(), file.read()), (500, bytes([i]) * 499))
+                    self.assertEqual((file.seek(-9, 2), file.read(5), file.seek(2, 1), file.read()),
+                                     (990, bytes([i]) * 5, 997, bytes([i]) * 2))
+                    self.assertEqual((file.seek(5000), file.read(), file.seek(0)), (5000, b"", 0))
+            close_files(got)
+            self.assertTrue(all(file.closed for file in files))
 
     def test_bottles_memfile_max_stands_for_both_limits(self):
         class Small(Request):
