@@ -1407,15 +1407,16 @@ class kept(property):
         self.make = make
         self.key = "minibottle.request." + make.__name__
 
-    def __get__(self, request: Any, kind: Optional[type] = None) -> Any:
-        if request is None:
+    def __get__(self, view: Any, kind: Optional[type] = None) -> Any:
+        if view is None:
             return self
-        environ = request.environ
+        environ = view.environ
         if self.key in environ:
             return environ[self.key]
+        if view is request:
+            view = Request(environ)  # so that the context is asked once
         try:
-            value = environ[self.key] = self.make(
-                Request(environ) if request is LOCAL else request)
+            value = environ[self.key] = self.make(view)
         except BadRequest as error:  # 400 or 413
             raise HTTPError(error.status, str(error), error) from error
         return value
@@ -1983,7 +1984,7 @@ class LocalResponse(Response):
 
 BaseRequest, BaseResponse = Request, Response  # Bottle's names
 response = LocalResponse()
-request = LOCAL = LocalRequest()  # code outside of requests may look at it where this file is imported
+request = LocalRequest()  # code outside of requests may look at it where this file is imported
 
 
 def abort(code: int = 500, text: str = "Unknown Error.") -> NoReturn:
@@ -3964,6 +3965,34 @@ class Answer:
         return json_loads(self.body)
 
 
+def each_value(values: dict) -> Iterator[Tuple[str, Any]]:
+    """{"a": 1, "b": [2, 3]} -> ("a", 1), ("b", 2), ("b", 3)."""
+    for name, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            yield name, one
+
+
+def format_form(form: dict, files: dict) -> Tuple[str, bytes]:
+    """Fields and files -> (Content-Type, body), as browsers write them (RFC 7578)."""
+    boundary = os.urandom(16).hex()
+    parts: list = [(f'name="{escape_name(name)}"', str(value).encode("utf-8"))
+                   for name, value in each_value(form)]
+    for name, file in each_value(files):
+        if hasattr(file, "read"):
+            file = os.path.basename(getattr(file, "name", "")) or name, file.read()
+        filename, data, kind = (*file, "application/octet-stream")[:3]
+        parts.append((f'name="{escape_name(name)}"; filename="{escape_name(filename)}"\r\n'
+                      f"Content-Type: {kind}", data))
+    before = f"--{boundary}\r\nContent-Disposition: form-data; "
+    body = b"".join(f"{before}{head}\r\n\r\n".encode("utf-8") + data + b"\r\n"
+                    for head, data in parts)
+    return f"multipart/form-data; boundary={boundary}", body + f"--{boundary}--\r\n".encode()
+
+
+def escape_name(name: str) -> str:
+    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+
+
 class TestClient:
     """Ask a WSGI application: `TestClient(app).get("/hello/Ada").json["hello"] -> "Ada"`.
 
@@ -3978,13 +4007,18 @@ class TestClient:
 
     def request(self, method: str, path: str, headers: Optional[Dict[str, str]] = None, *,
                 query: Optional[dict] = None, body: Union[bytes, str] = b"",
-                json: object = None, form: Optional[dict] = None) -> Answer:
-        """One request. `path` may hold a query; `json` and `form` make the body and its type."""
+                json: object = None, form: Optional[dict] = None,
+                files: Optional[dict] = None) -> Answer:
+        """One request. `path` may hold a query; `json`, `form` and `files` make the body and its
+        type. A file is open, or (filename, bytes), or (filename, bytes, content type).
+        """
         data = body.encode("utf-8") if isinstance(body, str) else body
         given = HeaderDict(headers or {})
         if json is not None:
             data = json_dumps(json).encode("utf-8")
             given.setdefault("Content-Type", "application/json")
+        elif files is not None:
+            given["Content-Type"], data = format_form(form or {}, files)
         elif form is not None:
             data = urlencode(form, doseq=True).encode("ascii")
             given.setdefault("Content-Type", "application/x-www-form-urlencoded")

@@ -4828,6 +4828,29 @@ class TestClientTest(UnitTest):
         self.assertEqual(self.client.get("/a?b=c", query={"d": "e"}).json["query"],
                          {"b": "c", "d": "e"})
 
+    def test_files_are_sent_as_a_browser_sends_them(self):
+        @self.app.post("/up")
+        def up():
+            return {"forms": list(request.forms.allitems()), "files": [
+                [name, file.raw_filename, file.content_type, file.file.read().decode()]
+                for name, file in request.files.allitems()]}
+        name = 'a"b\r\n' + UNICODE
+        sent = name.replace("\r\n", "%0D%0A")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "c.txt")
+            with open(path, "w+b") as file:
+                file.write(b"on disk")
+                file.seek(0)
+                got = self.client.post("/up", form={"x": UNICODE, "y": [1, 2]}, files={
+                    "f": (name, b"1", "a/b; c=d"), name: ("two", b"2"), "open": file,
+                    "many": [("m1", b""), io.BytesIO(b"\r\n--")]}).json
+        octets = "application/octet-stream"
+        self.assertEqual(got, {
+            "forms": [["x", UNICODE], ["y", "1"], ["y", "2"]],
+            "files": [["f", sent, "a/b; c=d", "1"], [sent, "two", octets, "2"],
+                      ["open", "c.txt", octets, "on disk"], ["many", "m1", octets, ""],
+                      ["many", "many", octets, "\r\n--"]]})
+
     def test_cookies_are_kept_until_they_are_dropped(self):
         @self.app.get("/set")
         def set():
