@@ -4890,6 +4890,122 @@ class TestClientTest(UnitTest):
         self.assertLess(time.process_time() - start, SLOW)
 
 
+class Desk:
+    """An application for clients of all kinds: what it was sent comes back as JSON."""
+
+    SECRET = "s3cret"
+    DATA = bytes(range(256)) * 16
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        with open(os.path.join(self.folder.name, "data.bin"), "wb") as file:
+            file.write(self.DATA)
+        self.said = queue.Queue()
+        self.app = App()
+        self.app.get("/data.bin", callback=lambda: static_file("data.bin", self.folder.name))
+        self.app.get("/go/<name>", callback=lambda name: redirect("../echo/" + name + "?q=" + name))
+        self.app.route("/echo/<name>", ["GET", "POST"], self.echo)
+        self.app.get("/cookies", callback=self.set_cookies)
+        self.app.post("/say", callback=lambda: self.said.put(request.json))
+
+    def echo(self, name):
+        return {"name": name, "query": list(request.query.allitems()),
+                "forms": list(request.forms.allitems()),
+                "files": [[key, file.raw_filename, file.content_type,
+                           hashlib.md5(file.file.read()).hexdigest()]
+                          for key, file in request.files.allitems()],
+                "cookies": dict(request.cookies),
+                "signed": request.get_cookie("signed", secret=self.SECRET)}
+
+    def set_cookies(self):
+        response.set_cookie("plain", "a b")
+        response.set_cookie("signed", {"who": UNICODE}, self.SECRET)
+
+
+def md5(data):
+    return hashlib.md5(data).hexdigest()
+
+
+class ClientsTest(UnitTest):
+    """What people ask servers with: requests over a socket, WebTest without one."""
+
+    def setUp(self):
+        self.desk = Desk()
+        self.addCleanup(self.desk.folder.cleanup)
+
+    def open_requests(self):
+        """requests.Session().request, with the server's URL before each path."""
+        import requests
+        server, session = Server(self.desk.app, port=0), requests.Session()
+        session.trust_env = False
+        server.__enter__()
+        self.addCleanup(server.__exit__, None, None, None)
+        self.addCleanup(session.close)
+        return lambda method, path, **options: session.request(
+            method, server.url + path, timeout=TIMEOUT, **options)
+
+    @needs("requests")
+    def test_requests_sends_text_files_and_cookies(self):
+        send = self.open_requests()
+        big = b"\r\n--" * 200000
+        got = send("POST", "/echo/" + UNICODE, params={"q": UNICODE, "a b": "&=%"},
+                   data={"x": UNICODE, "y": ["1", "2"]}, files=[
+                       ("f", (UNICODE + ".txt", b"1", "text/plain")), ("f", ("b", big))]).json()
+        self.assertEqual(got, {
+            "name": UNICODE, "query": [["q", UNICODE], ["a b", "&=%"]],
+            "forms": [["x", UNICODE], ["y", "1"], ["y", "2"]], "cookies": {}, "signed": None,
+            "files": [["f", UNICODE + ".txt", "text/plain", md5(b"1")], ["f", "b", "", md5(big)]]})
+        got = send("POST", "/echo/x", data={"x": UNICODE}).json()
+        self.assertEqual((got["forms"], got["files"]), ([["x", UNICODE]], []))
+        send("GET", "/cookies")
+        got = send("GET", "/echo/x").json()
+        self.assertEqual((got["cookies"]["plain"], got["signed"]), ("a b", {"who": UNICODE}))
+
+    @needs("requests")
+    def test_requests_follows_a_relative_location(self):
+        answer = self.open_requests()("GET", "/go/" + UNICODE)
+        first, = answer.history
+        self.assertEqual((first.status_code, first.headers["Location"][:8]), (303, "../echo/"))
+        self.assertEqual((answer.json()["name"], answer.json()["query"]), (
+            UNICODE, [["q", UNICODE]]))
+
+    @needs("requests")
+    def test_requests_asks_for_ranges(self):
+        send, data = self.open_requests(), self.desk.DATA
+        etag = send("HEAD", "/data.bin").headers["ETag"]
+        for headers, status, body in (
+                ({}, 200, data), ({"Range": "bytes=0-9"}, 206, data[:10]),
+                ({"Range": "bytes=-9"}, 206, data[-9:]), ({"Range": "bytes=9-"}, 206, data[9:]),
+                ({"Range": "bytes=9-", "If-Range": etag}, 206, data[9:]),
+                ({"Range": "bytes=9-", "If-Range": '"other"'}, 200, data),
+                ({"Range": "bytes=4096-"}, 416, None), ({"If-None-Match": etag}, 304, b"")):
+            answer = send("GET", "/data.bin", headers=headers)
+            with self.subTest(headers=headers):
+                self.assertEqual(answer.status_code, status)
+                if body is not None:
+                    self.assertEqual(answer.content, body)
+        self.assertEqual(send("GET", "/data.bin", headers={"Range": "bytes=5000-"}).headers[
+            "Content-Range"], "bytes */4096")
+
+    @needs("webtest")
+    def test_webtest_sends_and_asks_the_same(self):
+        import webtest
+        client, path = webtest.TestApp(self.desk.app), "/echo/" + urllib.parse.quote(UNICODE)
+        got = client.post(path, params=[("x", UNICODE)], upload_files=[
+            ("f", UNICODE + ".txt", b"1", "text/plain"), ("f", "b", b"2")]).json
+        self.assertEqual((got["name"], got["forms"], [file[:2] for file in got["files"]]), (
+            UNICODE, [["x", UNICODE]], [["f", UNICODE + ".txt"], ["f", "b"]]))
+        self.assertEqual(client.post(path, [("x", UNICODE)]).json["forms"], [["x", UNICODE]])
+        client.get("/cookies")
+        self.assertEqual(client.get(path).json["signed"], {"who": UNICODE})
+        got = client.get("/go/b").follow()
+        self.assertEqual((got.json["name"], got.json["query"]), ("b", [["q", "b"]]))
+        part = client.get("/data.bin", headers={"Range": "bytes=5-9"}, status=206)
+        self.assertEqual((part.body, part.headers["Content-Range"]), (
+            self.desk.DATA[5:10], "bytes 5-9/4096"))
+        client.get("/data.bin", headers={"Range": "bytes=9999-"}, status=416)
+
+
 # === 12. Event loop ===========================================================
 
 SECONDS, GUESTS = (30, 100) if LONG else (1, 40)
