@@ -8107,6 +8107,32 @@ class DemoAppTest(unittest.TestCase):
         self.assertTrue(answer.text.startswith("Hello world!\n"))
 
 
+# A form with three files, submitted by itself into a frame, then by fetch; then a range of a file.
+UPLOADING = """<!doctype html><meta charset=utf-8>
+<form method=post action="echo/form" enctype=multipart/form-data target=frame>
+<input name="text"><input type=file name="files" multiple></form><iframe name=frame></iframe>
+<script>
+const form = document.forms[0], frame = document.querySelector("iframe"), NAME = %s
+const chosen = new DataTransfer()
+for (const [name, text] of [[NAME + ".txt", NAME], ['a"b.txt', "2"], ["c", ""]])
+    chosen.items.add(new File([text], name, {type: "text/plain"}))
+form.text.value = NAME
+form.files.files = chosen.files
+frame.onload = async () => {
+    if (frame.contentWindow.location.pathname != "/echo/form")
+        return
+    const shown = JSON.parse(frame.contentDocument.body.textContent)
+    const sent = await fetch("echo/" + NAME + "?q=" + NAME,
+                             {method: "POST", body: new FormData(form)})
+    const part = await fetch("data.bin", {headers: {Range: "bytes=65-69"}})
+    fetch("say", {method: "POST", headers: {"Content-Type": "application/json"},
+                  body: JSON.stringify([shown, await sent.json(), part.status,
+                                        part.headers.get("Content-Range"), await part.text()])})
+}
+form.submit()
+</script>"""
+
+
 @unittest.skipUnless(BROWSER, "needs Chromium")
 class BrowserTest(unittest.TestCase):
 
@@ -8114,11 +8140,12 @@ class BrowserTest(unittest.TestCase):
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--no-proxy-server", "--disable-dev-shm-usage")
 
-    def dump_dom(self, app):
+    def dump_dom(self, app, *flags):
         """What headless Chromium makes of GET /, as text."""
         with tempfile.TemporaryDirectory() as profile, Server(app, port=0) as server:
             return subprocess.run(
-                [BROWSER, *self.FLAGS, "--user-data-dir=" + profile, "--dump-dom", server.url],
+                [BROWSER, *self.FLAGS, *flags, "--user-data-dir=" + profile, "--dump-dom",
+                 server.url],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 timeout=2 * TIMEOUT, check=True).stdout.decode()
 
@@ -8129,6 +8156,21 @@ class BrowserTest(unittest.TestCase):
         at_once(self.check_shown, [
             (load_example("hello"), "<html><head></head><body>Hello World!</body></html>"),
             (wsgiref.simple_server.demo_app, "wsgi.url_scheme = 'http'")])
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_uploads_three_files_at_once_and_downloads_a_range(self):
+        desk = Desk()
+        self.addCleanup(desk.folder.cleanup)
+        desk.app.get("/", callback=lambda: UPLOADING % json.dumps(UNICODE))
+        self.dump_dom(desk.app, "--virtual-time-budget=20000")
+        shown, sent, *download = desk.said.get(timeout=TIMEOUT)
+        files = [["files", UNICODE + ".txt", "text/plain", md5(UNICODE.encode())],
+                 ["files", 'a"b.txt', "text/plain", md5(b"2")],
+                 ["files", "c", "text/plain", md5(b"")]]
+        for got, name, query in ((shown, "form", []), (sent, UNICODE, [["q", UNICODE]])):
+            self.assertEqual((got["name"], got["query"], got["forms"], got["files"]),
+                             (name, query, [["text", UNICODE]], files))
+        self.assertEqual(download, [206, "bytes 65-69/4096", "ABCDE"])
 
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_chromium_shows_the_three_services(self):
