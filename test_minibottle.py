@@ -6276,6 +6276,58 @@ class RefusedUploadTest(WireTest):
                     self.assertEqual((done.stdout, done.stderr, done.returncode), (b"413", b"", 0))
 
 
+class HostileFormTest(WireTest):
+    """What is sent to exhaust or confuse is answered at once, and costs one line of the log."""
+
+    SIZE = 100 << 20 if LONG else 4 << 20
+    TEXT = "application/x-www-form-urlencoded"
+    FORM = "multipart/form-data; boundary=" + BOUNDARY
+    DISPOSITION = b"--X-bound\r\nContent-Disposition: form-data; name=a"
+
+    def rows(self):
+        """(type, Cookie, body, status, what the answer says)"""
+        parts = b"".join(part("a", "") for _ in range(5000))
+        yield self.FORM, "", form(parts), 413, b"max_fields"
+        yield self.FORM, "", form(part("f", "", "f") * 5000), 413, b"max_files"
+        yield self.TEXT, "", b"a&" * 5000, 413, b"max_fields"
+        yield self.TEXT, "", b"a=" + b"%" * 1000000, 200, b"1 fields, 0 files"
+        yield self.TEXT, "", b"a" * self.SIZE, 413, b"max_form_memory"
+        yield self.FORM, "", form(part("a", b"x" * self.SIZE)), 413, b"max_form_memory"
+        yield self.FORM, "", form(part("a", b"\n" * self.SIZE, "f")), 200, b"0 fields, 1 files"
+        yield self.FORM, "", b"--X-boun\r\n" * 90000, 400, b"last boundary"
+        yield self.FORM, "", form(part("f", b"\r\n--X-boun" * 90000, "f")), 200, b"1 files"
+        for bad in (b"\r\nX: a\rb", b"\r\nX: a\nb", b"\r\nX: a\0b", b'; filename="a\0b"',
+                    b'; filename="a\rb"', b'; filename="a\nb"', b"\r\nX\0: a"):
+            body = form(self.DISPOSITION + bad + b"\r\n\r\nx\r\n")
+            yield self.FORM, "", body, 400, b"in line"
+        yield self.FORM, "", form(self.DISPOSITION + b"\r\nno colon\r\n\r\n\r\n"), 400, b"colon"
+        for cookie in ('"', "\\", ";", '="', '"\\', ';="', "a=\"\\"):
+            yield self.TEXT, "c=" + cookie * (30000 // len(cookie)), b"a", 200, b"1 fields"
+
+    def test_each_ends_soon_with_its_status_and_one_line_of_the_log(self):
+        def count():
+            request.cookies
+            return "%d fields, %d files" % (len(request.forms), len(request.files))
+        access, on = logging.getLogger("minibottle.access"), logging.NullHandler()
+        for undo in (functools.partial(access.removeHandler, on),
+                     functools.partial(access.setLevel, access.level)):
+            self.addCleanup(undo)
+        access.addHandler(on)
+        access.setLevel(logging.INFO)
+        log, server = self.listen_to_log(), self.serve(app_of(count, method="POST"))
+        start = time.process_time()
+        for kind, cookie, body, status, text in self.rows():
+            head = post("Content-Type: " + kind, "Content-Length: %d" % len(body),
+                        *["Cookie: " + cookie] * bool(cookie), "Connection: close")
+            answer = self.fetch(server, head + body)
+            with self.subTest(cookie=cookie[:9], body=body[:99], length=len(body)):
+                self.assertEqual(answer.status, status)
+                self.assertIn(text, answer.body)
+                self.assertIn('"POST / HTTP/1.1" %d' % status, log.next())
+                self.assertTrue(log.queue.empty())
+        self.assertLess(time.process_time() - start, (8 if LONG else 2) * SLOW)
+
+
 PAGE = b"<p>Hello World!</p>\n" * 500
 
 
