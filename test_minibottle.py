@@ -4989,7 +4989,9 @@ class ClientsTest(UnitTest):
 
     @needs("webtest")
     def test_webtest_sends_and_asks_the_same(self):
-        import webtest
+        with warnings.catch_warnings():      # WebOb imports cgi
+            warnings.simplefilter("ignore")
+            import webtest
         client, path = webtest.TestApp(self.desk.app), "/echo/" + urllib.parse.quote(UNICODE)
         got = client.post(path, params=[("x", UNICODE)], upload_files=[
             ("f", UNICODE + ".txt", b"1", "text/plain"), ("f", "b", b"2")]).json
@@ -6279,7 +6281,7 @@ class RefusedUploadTest(WireTest):
 class HostileFormTest(WireTest):
     """What is sent to exhaust or confuse is answered at once, and costs one line of the log."""
 
-    SIZE = 100 << 20 if LONG else 4 << 20
+    SIZE = 100 << 20 if LONG else 2 << 20
     TEXT = "application/x-www-form-urlencoded"
     FORM = "multipart/form-data; boundary=" + BOUNDARY
     DISPOSITION = b"--X-bound\r\nContent-Disposition: form-data; name=a"
@@ -6290,7 +6292,7 @@ class HostileFormTest(WireTest):
         yield self.FORM, "", form(parts), 413, b"max_fields"
         yield self.FORM, "", form(part("f", "", "f") * 5000), 413, b"max_files"
         yield self.TEXT, "", b"a&" * 5000, 413, b"max_fields"
-        yield self.TEXT, "", b"a=" + b"%" * 1000000, 200, b"1 fields, 0 files"
+        yield self.TEXT, "", b"a=" + b"%" * 200000, 200, b"1 fields, 0 files"
         yield self.TEXT, "", b"a" * self.SIZE, 413, b"max_form_memory"
         yield self.FORM, "", form(part("a", b"x" * self.SIZE)), 413, b"max_form_memory"
         yield self.FORM, "", form(part("a", b"\n" * self.SIZE, "f")), 200, b"0 fields, 1 files"
