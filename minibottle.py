@@ -96,6 +96,7 @@ from functools import cached_property, lru_cache, partial, partialmethod, update
 from http import HTTPStatus
 from importlib import import_module
 from itertools import chain, repeat
+from operator import attrgetter
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
@@ -975,9 +976,10 @@ def unquote_field(text: str) -> str:
     return unquote(text, "utf-8", "replace") if "%" in text else text
 
 
-def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
+def parse_options(header: str, escape: str = r"\\(.)",
+                  char: str = r"\1") -> Tuple[str, Dict[str, str]]:
     """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
-    options = {name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
+    options = {name.lower(): plain or re.sub(escape, char, quoted)
                for name, quoted, plain in re.findall(OPTION, header)}
     return header.partition(";")[0].strip(" \t").lower(), options
 
@@ -1052,12 +1054,10 @@ def parse_part_head(head: bytes) -> HeaderDict:
         raise BadRequest(f"over {MAX_PART_HEADERS} headers in a part")
     headers = HeaderDict()
     for line in lines:
-        name, colon, value = line.partition(":")
-        try:
-            headers.append(name if colon else "", value.strip(" \t"))
-        except ValueError:
-            cause = explain_field_line(line)
-            raise BadRequest(f"{cause} in line {line[:60]!a} of a part") from None
+        match = FIELD_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f"{explain_field_line(line)} in line {line[:60]!a} of a part")
+        headers.append(match[1], match[2].strip(" \t"))
     return headers
 
 
@@ -1173,10 +1173,8 @@ def open_part(body: BinaryIO, start: int, end: int, threshold: int) -> BinaryIO:
 
 def parse_disposition(header: str) -> Tuple[str, str]:
     """'form-data; name="a"; filename="b.txt"' -> ("a", "b.txt"); "" for a field of text."""
-    kind, _, rest = header.partition(";")
-    options = {name.lower(): plain or re.sub(r'\\"|%22', '"', quoted)  # browsers escape " alone
-               for name, quoted, plain in re.findall(OPTION, ";" + rest)}
-    if kind.strip(" \t").lower() not in ("form-data", "file") or "name" not in options:
+    kind, options = parse_options(header, r'\\"|%22', '"')  # browsers escape " alone
+    if kind not in ("form-data", "file") or "name" not in options:
         raise BadRequest("a part without Content-Disposition: form-data and a name")
     filename = options.get("filename", "")
     if "filename*" in options:  # RFC 8187: "UTF-8''%C3%84.txt"
@@ -1427,6 +1425,11 @@ def from_environ(key: str, read: Callable[[str], Any]) -> Any:
     return property(lambda self: read(self.environ.get(key) or ""))
 
 
+def method_of(target: str, name: str) -> Any:
+    """A method that stands for the one of an attribute: `request.keys()`, `"Etag" in response`."""
+    return lambda self, *args: getattr(getattr(self, target), name)(*args)
+
+
 class Request:
     """One request: `request.path`, `.query`, `.headers`, `.json`, … read from `request.environ`.
 
@@ -1465,21 +1468,12 @@ class Request:
         except KeyError:
             raise AttributeError(f"request has no attribute {name!r}") from None
 
-    def __getitem__(self, key: str) -> object:
-        return self.environ[key]
+    __getitem__, __iter__, __len__, keys = (method_of("environ", name) for name in (
+        "__getitem__", "__iter__", "__len__", "keys"))
 
     def get(self, key: str, default: object = None) -> object:
         """A value of the environ."""
         return self.environ.get(key, default)
-
-    def keys(self) -> Iterable[str]:
-        return self.environ.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.environ)
-
-    def __len__(self) -> int:
-        return len(self.environ)
 
     def __setitem__(self, key: str, value: object) -> None:
         """Change the environ, and forget what was worked out from what was there."""
@@ -1741,16 +1735,13 @@ class LocalRequest(Request):
 
     __init__ = bind
 
-    @property
-    def environ(self) -> Dict[str, Any]:
+    def _find(self) -> Dict[str, Any]:
         try:
             return CURRENT.get()
         except LookupError:
             raise RuntimeError("Request context not initialized.") from None
 
-    @environ.setter
-    def environ(self, environ: dict) -> None:
-        CURRENT.set(environ)
+    environ = property(_find, bind)
 
 
 class Response:
@@ -1808,37 +1799,21 @@ class Response:
         self._status_code = code
         self._status_line = line
 
-    @property
-    def status_code(self) -> int:
-        return self._status_code
-
-    @property
-    def status_line(self) -> str:
-        return self._status_line
+    status_code = property(attrgetter("_status_code"))
+    status_line = property(attrgetter("_status_line"))
 
     # -- headers --
 
-    @property
-    def headers(self) -> HeaderDict:
-        """Name to value; changes count."""
-        return self._headers
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._headers
-
-    def __getitem__(self, name: str) -> str:
-        return self._headers[name]
-
-    def __setitem__(self, name: str, value: object) -> None:
-        self._headers[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._headers[name]
+    headers = property(attrgetter("_headers"), doc="Name to value; changes count.")
+    __contains__, __getitem__, __setitem__, __delitem__ = (method_of("_headers", name) for name in (
+        "__contains__", "__getitem__", "__setitem__", "__delitem__"))
 
     def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
         return self._headers.get(name, default)
 
-    set_header = __setitem__  # in the place of what was set under this name
+    def set_header(self, name: str, value: object) -> None:
+        """In the place of what was set under this name."""
+        self._headers[name] = value
 
     def add_header(self, name: str, value: object) -> None:
         """Keep what was set under this name, and add another."""
@@ -1957,29 +1932,23 @@ def response_of(environ: Dict[str, Any]) -> Response:
     return found
 
 
-def forwarded(name: str) -> property:
-    """An attribute that lives in the Response of the running context."""
-    return property(lambda self: getattr(response_of(request.environ), name),
-                    lambda self, value: setattr(response_of(request.environ), name, value))
-
-
 class LocalResponse(Response):
     """The response of the running context."""
 
     def __init__(self) -> None:
         pass
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(response_of(request.environ), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(response_of(request.environ), name, value)
+
     def bind(self, *args: Any, **kwargs: Any) -> None:
         """A new one: Response(*args, **kwargs)."""
         if CURRENT.get(None) is None:
             CURRENT.set({})
         request.environ["minibottle.response"] = Response(*args, **kwargs)
-
-    _status_code = forwarded("_status_code")
-    _status_line = forwarded("_status_line")
-    _headers = forwarded("_headers")
-    _cookies = forwarded("_cookies")
-    body = forwarded("body")
 
 
 BaseRequest, BaseResponse = Request, Response  # Bottle's names
@@ -3965,28 +3934,25 @@ class Answer:
         return json_loads(self.body)
 
 
-def each_value(values: dict) -> Iterator[Tuple[str, Any]]:
-    """{"a": 1, "b": [2, 3]} -> ("a", 1), ("b", 2), ("b", 3)."""
-    for name, value in values.items():
-        for one in value if isinstance(value, list) else [value]:
-            yield name, one
-
-
 def format_form(form: dict, files: dict) -> Tuple[str, bytes]:
     """Fields and files -> (Content-Type, body), as browsers write them (RFC 7578)."""
-    boundary = os.urandom(16).hex()
-    parts: list = [(f'name="{escape_name(name)}"', str(value).encode("utf-8"))
-                   for name, value in each_value(form)]
-    for name, file in each_value(files):
-        if hasattr(file, "read"):
-            file = os.path.basename(getattr(file, "name", "")) or name, file.read()
-        filename, data, kind = (*file, "application/octet-stream")[:3]
-        parts.append((f'name="{escape_name(name)}"; filename="{escape_name(filename)}"\r\n'
-                      f"Content-Type: {kind}", data))
-    before = f"--{boundary}\r\nContent-Disposition: form-data; "
-    body = b"".join(f"{before}{head}\r\n\r\n".encode("utf-8") + data + b"\r\n"
-                    for head, data in parts)
+    boundary, body = os.urandom(16).hex(), b""
+    for name, value in chain(each_value(form), each_value(files)):
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{escape_name(name)}"'
+        if hasattr(value, "read"):
+            value = os.path.basename(getattr(value, "name", name)), value.read()
+        if isinstance(value, tuple):
+            filename, value, kind = (*value, "application/octet-stream")[:3]
+            head += f'; filename="{escape_name(filename)}"\r\nContent-Type: {kind}'
+        data = value if isinstance(value, bytes) else str(value).encode("utf-8")
+        body += head.encode("utf-8") + b"\r\n\r\n" + data + b"\r\n"
     return f"multipart/form-data; boundary={boundary}", body + f"--{boundary}--\r\n".encode()
+
+
+def each_value(fields: dict) -> Iterator[Tuple[str, Any]]:
+    """{"a": 1, "b": [2, 3]} -> ("a", 1), ("b", 2), ("b", 3)."""
+    return ((name, one) for name, value in fields.items()
+            for one in (value if isinstance(value, list) else [value]))
 
 
 def escape_name(name: str) -> str:
