@@ -1724,6 +1724,14 @@ DESCRIBING = ("QUERY_STRING", "CONTENT_TYPE", "CONTENT_LENGTH", "wsgi.input")
 JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
 
 
+def find_environ(view: object = None) -> Dict[str, Any]:
+    """The environ of the running context."""
+    try:
+        return CURRENT.get()
+    except LookupError:
+        raise RuntimeError("Request context not initialized.") from None
+
+
 class LocalRequest(Request):
     """The request of the running context."""
 
@@ -1735,13 +1743,7 @@ class LocalRequest(Request):
 
     __init__ = bind
 
-    def _find(self) -> Dict[str, Any]:
-        try:
-            return CURRENT.get()
-        except LookupError:
-            raise RuntimeError("Request context not initialized.") from None
-
-    environ = property(_find, bind)
+    environ = property(find_environ, bind)
 
 
 class Response:
@@ -1938,11 +1940,13 @@ class LocalResponse(Response):
     def __init__(self) -> None:
         pass
 
+    _headers = property(lambda self: response_of(find_environ())._headers)  # FAST: found at once
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(response_of(request.environ), name)
+        return getattr(response_of(find_environ()), name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(response_of(request.environ), name, value)
+        setattr(response_of(find_environ()), name, value)
 
     def bind(self, *args: Any, **kwargs: Any) -> None:
         """A new one: Response(*args, **kwargs)."""
