@@ -1402,7 +1402,6 @@ class kept(property):
 
     def __init__(self, make: Callable) -> None:
         super().__init__(make, doc=make.__doc__)
-        self.make = make
         self.key = "minibottle.request." + make.__name__
 
     def __get__(self, view: Any, kind: Optional[type] = None) -> Any:
@@ -1414,7 +1413,7 @@ class kept(property):
         if view is request:
             view = Request(environ)  # so that the context is asked once
         try:
-            value = environ[self.key] = self.make(view)
+            value = environ[self.key] = self.fget(view)  # type: ignore[misc]
         except BadRequest as error:  # 400 or 413
             raise HTTPError(error.status, str(error), error) from error
         return value
@@ -1423,6 +1422,16 @@ class kept(property):
 def from_environ(key: str, read: Callable[[str], Any]) -> Any:
     """An attribute that stands for a text in the environ, "" where there is none."""
     return property(lambda self: read(self.environ.get(key) or ""))
+
+
+def from_route(index: int) -> Any:
+    """An attribute that stands for what App found for the request: see App._find."""
+    def get(self: Any) -> Any:
+        found = self.environ.get("minibottle.route")
+        if not found or not isinstance(found[4], dict):
+            raise RuntimeError("This request is not connected to a route.")
+        return found[index]
+    return property(get)
 
 
 def method_of(target: str, name: str) -> Any:
@@ -1512,9 +1521,7 @@ class Request:
         name = wsgi_to_text(self.environ.get("SCRIPT_NAME", ""), "replace").strip("/")
         return "/" + name + "/" if name else "/"
 
-    @property
-    def fullpath(self) -> str:
-        return urljoin(self.script_name, self.path.lstrip("/"))
+    fullpath = property(lambda self: urljoin(self.script_name, self.path.lstrip("/")))
 
     @property
     def urlparts(self) -> SplitResult:
@@ -1529,9 +1536,7 @@ class Request:
                 host += ":" + port
         return SplitResult(scheme, host, quote(self.fullpath), self.query_string, "")
 
-    @property
-    def url(self) -> str:
-        return self.urlparts.geturl()
+    url = property(lambda self: self.urlparts.geturl())
 
     @kept
     def query(self) -> FormsDict:
@@ -1694,23 +1699,7 @@ class Request:
 
     # -- where it was routed --
 
-    @property
-    def app(self) -> "App":
-        return self._routed()[0]
-
-    @property
-    def route(self) -> "Route":
-        return self._routed()[3]
-
-    @property
-    def url_args(self) -> Dict[str, Any]:
-        return self._routed()[4]
-
-    def _routed(self) -> tuple:
-        found = self.environ.get("minibottle.route")
-        if not found or not isinstance(found[4], dict):
-            raise RuntimeError("This request is not connected to a route.")
-        return found
+    app, route, url_args = (from_route(i) for i in (0, 3, 4))
 
 
 def parse_json_body(data: bytes) -> Any:
