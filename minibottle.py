@@ -95,6 +95,7 @@ from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
 from importlib import import_module
 from itertools import chain, repeat
+from operator import attrgetter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our time
@@ -1005,9 +1006,10 @@ def unquote_field(text: str) -> str:
     return percent_decode(text).decode("utf-8", "replace") if "%" in text else text
 
 
-def parse_options(header: str) -> Tuple[str, Dict[str, str]]:
+def parse_options(header: str, escape: str = r"\\(.)",
+                  char: str = r"\1") -> Tuple[str, Dict[str, str]]:
     """'text/html; Charset="a"' -> ("text/html", {"charset": "a"}), one pass."""
-    options = {name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
+    options = {name.lower(): plain or re.sub(escape, char, quoted)
                for name, quoted, plain in re.findall(OPTION, header)}
     return header.partition(";")[0].strip(" \t").lower(), options
 
@@ -1032,52 +1034,44 @@ MAX_PART_HEAD_BYTES = 8192
 MAX_PART_HEADERS = 16
 BOUNDARY = r"[ -~]{0,69}[!-~]"  # RFC 2046 5.1.1: 1 to 70 characters
 PIECE_BYTES = 1 << 17
+CUT_FORM = "multipart body without its last boundary"
 
 
-def iter_multipart(buf: bytearray, boundary: str) -> Iterator[Any]:
-    """Decode a form from `buf`: of each part its headers (a HeaderDict), then the pieces of its
-    body; NEED_DATA between. What is before the first part and after the last means nothing.
+def iter_parts(file: BinaryIO, boundary: str) -> Iterator[Tuple[HeaderDict, int, int]]:
+    """Of each part of a form its headers, and where in `file` its body begins and ends. What is
+    before the first part and after the last means nothing.
     """
-    buf[:0] = b"\r\n"  # the line end before a boundary belongs to it; the first may have none
-    delimiter = b"\r\n--" + boundary.encode("latin-1")
-    for piece in iter_until(buf, delimiter):
-        if not piece:
-            yield NEED_DATA
+    delimiter = b"\r\n--" + boundary.encode("latin-1")  # the line end before it belongs to it,
+    file.seek(0)                                         # but the first may have none
+    at = -2 if file.read(len(delimiter) - 2) == delimiter[2:] else find_in(file, delimiter, 0)
     while True:
-        head = yield from take_part_head(buf)
-        if head is None:
+        at += len(delimiter)
+        file.seek(at)
+        head = file.read(MAX_PART_HEAD_BYTES)
+        if head[:2] == b"--":
             return
-        yield parse_part_head(head)
-        yield from iter_until(buf, delimiter)
+        end = head.find(b"\r\n\r\n")
+        if end < 0:
+            raise BadRequest(f"headers of a part over {MAX_PART_HEAD_BYTES} bytes"
+                             if len(head) == MAX_PART_HEAD_BYTES else CUT_FORM)
+        headers, start = parse_part_head(head[:end]), at + end + 4
+        at = find_in(file, delimiter, start)
+        yield headers, start, at
 
 
-def iter_until(buf: bytearray, delimiter: bytes) -> Iterator[Union[bytes, bytearray]]:
-    """Take off `buf` all that is before `delimiter`, in pieces, then the delimiter itself."""
-    keep = len(delimiter) - 1  # its first bytes may be here already
+def find_in(file: BinaryIO, delimiter: bytes, at: int) -> int:
+    """Where the first `delimiter` after `at` begins. Pieces grow, as most parts are short."""
+    size = 4096
     while True:
-        end = buf.find(delimiter)
-        piece = buf[:end] if end >= 0 else buf[:-keep]
-        del buf[:len(piece)]
-        if piece:
-            yield piece
-        if end >= 0:
-            del buf[:len(delimiter)]
-            return
-        yield NEED_DATA
-
-
-def take_part_head(buf: bytearray) -> Generator[bytes, None, Optional[bytes]]:
-    """Take the headers of a part off `buf`, with the line end before; None after the last part."""
-    while buf[:2] != b"--":
-        end = buf.find(b"\r\n\r\n", 0, MAX_PART_HEAD_BYTES)
-        if end >= 0:
-            head = bytes(buf[:end])
-            del buf[:end + 4]
-            return head
-        if len(buf) >= MAX_PART_HEAD_BYTES:
-            raise BadRequest(f"headers of a part over {MAX_PART_HEAD_BYTES} bytes")
-        yield NEED_DATA
-    return None
+        file.seek(at)
+        piece = file.read(size)
+        found = piece.find(delimiter)
+        if found >= 0:
+            return at + found
+        if len(piece) < size:
+            raise BadRequest(CUT_FORM)
+        at += size - len(delimiter) + 1  # its first bytes may be here already
+        size = min(2 * size, PIECE_BYTES)
 
 
 def parse_part_head(head: bytes) -> HeaderDict:
@@ -1090,12 +1084,10 @@ def parse_part_head(head: bytes) -> HeaderDict:
         raise BadRequest(f"over {MAX_PART_HEADERS} headers in a part")
     headers = HeaderDict()
     for line in lines:
-        name, colon, value = line.partition(":")
-        try:
-            headers.append(name if colon else "", value.strip(" \t"))
-        except ValueError:
-            cause = explain_field_line(line)
-            raise BadRequest(f"{cause} in line {line[:60]!a} of a part") from None
+        match = FIELD_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest(f"{explain_field_line(line)} in line {line[:60]!a} of a part")
+        headers.append(match[1], match[2].strip(" \t"))
     return headers
 
 
@@ -1108,7 +1100,7 @@ def datetime_of(text: str) -> Any:
 
 def parse_length(text: str) -> int:
     """"5" -> 5; -1 for what is no length."""
-    return int(text) if LENGTH.fullmatch(text) else -1
+    return int(text) if len(text) < 20 and text.isdecimal() and text.isascii() else -1
 
 
 class FileUpload:
@@ -1116,7 +1108,7 @@ class FileUpload:
 
     def __init__(self, file: Any, name: Optional[str], filename: Union[str, bytes, None],
                  headers: Any = None) -> None:
-        self.file = file              # BytesIO or temporary file
+        self.file = file              # BytesIO, or a FilePart behind a buffer
         self.name = name              # of the form's field
         self.raw_filename = filename  # as the client sent it: never use it as a path
         self.headers = headers if isinstance(headers, HeaderDict) else HeaderDict(headers or {})
@@ -1174,68 +1166,87 @@ class FileUpload:
 DEVICE_NAME = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])[ .]*(\..*)?"  # files of Windows, anywhere
 
 
-def open_part(headers: HeaderDict) -> FileUpload:
-    """A part's headers -> its FileUpload, empty; raw_filename is "" for a field of text."""
-    kind, _, rest = headers.get("Content-Disposition", "").partition(";")
-    options = {name.lower(): plain or re.sub(r'\\"|%22', '"', quoted)  # browsers escape " alone
-               for name, quoted, plain in re.findall(OPTION, ";" + rest)}
-    if kind.strip(" \t").lower() not in ("form-data", "file") or "name" not in options:
+class FilePart(io.RawIOBase):
+    """Some bytes of a temporary file, as a file: an upload is not copied out of a large body."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
+        self.file = file
+        self.start = start
+        self.end = end
+        self.at = start
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(self.start, offset + (self.start, self.at, self.end)[whence])
+        return self.at - self.start
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self.end - self.at))
+        piece = os.pread(self.file.fileno(), size, self.at)  # no other reader is disturbed
+        buffer[:len(piece)] = piece
+        self.at += len(piece)
+        return len(piece)
+
+
+def open_part(body: BinaryIO, start: int, end: int, threshold: int) -> BinaryIO:
+    if type(body) is io.BytesIO or not hasattr(os, "pread"):  # Windows
+        body.seek(start)
+        file = copy_body(body.read, end - start, threshold)
+        file.seek(0)
+        return file
+    return io.BufferedReader(FilePart(body, start, end))
+
+
+def parse_disposition(header: str) -> Tuple[str, str]:
+    """'form-data; name="a"; filename="b.txt"' -> ("a", "b.txt"); "" for a field of text."""
+    kind, options = parse_options(header, r'\\"|%22', '"')  # browsers escape " alone
+    if kind not in ("form-data", "file") or "name" not in options:
         raise BadRequest("a part without Content-Disposition: form-data and a name")
-    name = options.get("filename", "")
+    filename = options.get("filename", "")
     if "filename*" in options:  # RFC 8187: "UTF-8''%C3%84.txt"
-        name = percent_decode(options["filename*"].rpartition("'")[2]).decode("utf-8", "replace")
-    return FileUpload(io.BytesIO(), options["name"], name, headers)
+        encoded = options["filename*"].rpartition("'")[2]
+        filename = percent_decode(encoded).decode("utf-8", "replace")
+    return options["name"], filename
 
 
-def read_multipart(source: BinaryIO, boundary: str, limits: Settings,
-                   parts: List[FileUpload]) -> None:
-    """Read a form into `parts`; those that come after spool_threshold bytes are on disk.
-
-    Raises BadRequest and, for each of the limits, ContentTooLarge.
-    """
-    buf = bytearray()
-    text_left, memory_left, files = limits.max_form_memory, limits.spool_threshold, 0
-    part: Any = None
-    for event in iter_multipart(buf, boundary):
-        if event is NEED_DATA:
-            piece = source.read(PIECE_BYTES)
-            if not piece:
-                raise BadRequest("multipart body without its last boundary")
-            buf += piece
-        elif type(event) is HeaderDict:
-            if part and type(part.file) is io.BytesIO and part.raw_filename:
-                memory_left -= part.file.tell()
-            part = open_part(event)
-            parts.append(part)
-            files += bool(part.raw_filename)
-            if len(parts) > limits.max_fields:
-                raise ContentTooLarge(f"over {limits.max_fields} form fields (max_fields)")
-            if files > limits.max_files:
-                raise ContentTooLarge(f"over {limits.max_files} files in a form (max_files)")
-        elif part.raw_filename:
-            part.file = spool(part.file, event, memory_left)
+def read_multipart(body: BinaryIO, boundary: str, limits: Settings) -> FormsDict:
+    """The fields and files of a form. Raises BadRequest and, for each limit, ContentTooLarge."""
+    fields, count, files, text_left = FormsDict(), 0, 0, limits.max_form_memory
+    for headers, start, end in iter_parts(body, boundary):
+        name, filename = parse_disposition(headers.get("Content-Disposition", ""))
+        count += 1
+        files += bool(filename)
+        text_left -= 0 if filename else end - start
+        if count > limits.max_fields:
+            raise ContentTooLarge(f"over {limits.max_fields} form fields (max_fields)")
+        if files > limits.max_files:
+            raise ContentTooLarge(f"over {limits.max_files} files in a form (max_files)")
+        if text_left < 0:
+            raise ContentTooLarge(
+                f"form fields over {limits.max_form_memory} bytes (max_form_memory)")
+        if filename:
+            file = open_part(body, start, end, limits.spool_threshold)
+            fields.append(name, FileUpload(file, name, filename, headers))
         else:
-            text_left -= len(event)
-            if text_left < 0:
-                limit = limits.max_form_memory
-                raise ContentTooLarge(f"form fields over {limit} bytes (max_form_memory)")
-            part.file.write(event)
+            body.seek(start)
+            fields.append(name, body.read(end - start).decode("utf-8", "replace"))
+    return fields
 
 
-def value_of_part(part: FileUpload) -> Union[str, FileUpload]:
-    """The text of a field; a file as it is, rewound."""
-    part.file.seek(0)
-    return part if part.raw_filename else part.file.read().decode("utf-8", "replace")
-
-
-def read_pieces(file: BinaryIO, left: int) -> Iterator[bytes]:
-    """At most so many bytes of a file."""
-    while left:
-        piece = file.read(min(left, PIECE_BYTES))
+def copy_body(read: Callable[[int], bytes], left: int, threshold: int) -> BinaryIO:
+    """At most so many bytes, in memory, or in a temporary file where they are over `threshold`."""
+    copy: BinaryIO = io.BytesIO()
+    while left > 0:
+        piece = read(left if left < PIECE_BYTES else PIECE_BYTES)
         if not piece:
-            return
+            break
         left -= len(piece)
-        yield piece
+        copy = spool(copy, piece, threshold)
+    return copy
 
 
 def read_chunked(file: BinaryIO, max_body: int) -> Iterator[bytes]:
@@ -1422,17 +1433,18 @@ class kept(property):
 
     def __init__(self, make: Callable) -> None:
         super().__init__(make, doc=make.__doc__)
-        self.make = make
         self.key = "minibottle.request." + make.__name__
 
-    def __get__(self, request: Any, kind: Optional[type] = None) -> Any:
-        if request is None:
+    def __get__(self, view: Any, kind: Optional[type] = None) -> Any:
+        if view is None:
             return self
-        environ = request.environ
+        environ = view.environ
         if self.key in environ:
             return environ[self.key]
+        if view is request:
+            view = Request(environ)  # so that the context is asked once
         try:
-            value = environ[self.key] = self.make(request)
+            value = environ[self.key] = self.fget(view)  # type: ignore[misc]
         except BadRequest as error:  # 400 or 413
             raise HTTPError(error.status, str(error), error) from error
         return value
@@ -1445,7 +1457,7 @@ def from_environ(key: str, read: Callable[[str], Any]) -> Any:
 
 def routed(index: int, key: str) -> Any:
     """What routing found; in an environ that a test makes, what is there under Bottle's key."""
-    def read(self: Request) -> object:
+    def read(self: Any) -> Any:
         found = self.environ.get("minibottle.route")
         if found and isinstance(found[4], dict):
             return found[index]
@@ -1453,6 +1465,11 @@ def routed(index: int, key: str) -> Any:
             return self.environ[key]
         raise RuntimeError("This request is not connected to a route.")
     return property(read)
+
+
+def method_of(target: str, name: str) -> Any:
+    """A method that stands for the one of an attribute: `request.keys()`, `"Etag" in response`."""
+    return lambda self, *args: getattr(getattr(self, target), name)(*args)
 
 
 class Request:
@@ -1493,21 +1510,12 @@ class Request:
         except KeyError:
             raise AttributeError(f"request has no attribute {name!r}") from None
 
-    def __getitem__(self, key: str) -> object:
-        return self.environ[key]
+    __getitem__, __iter__, __len__, keys = (method_of("environ", name) for name in (
+        "__getitem__", "__iter__", "__len__", "keys"))
 
     def get(self, key: str, default: object = None) -> object:
         """A value of the environ."""
         return self.environ.get(key, default)
-
-    def keys(self) -> Iterable[str]:
-        return self.environ.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.environ)
-
-    def __len__(self) -> int:
-        return len(self.environ)
 
     def __setitem__(self, key: str, value: object) -> None:
         """Change the environ, and forget what was worked out from what was there."""
@@ -1546,9 +1554,7 @@ class Request:
         name = wsgi_to_text(self.environ.get("SCRIPT_NAME", ""), "replace").strip("/")
         return "/" + name + "/" if name else "/"
 
-    @property
-    def fullpath(self) -> str:
-        return self.script_name + self.path.lstrip("/")
+    fullpath = property(lambda self: self.script_name + self.path.lstrip("/"))
 
     @property
     def urlparts(self) -> SplitResult:
@@ -1564,14 +1570,12 @@ class Request:
                 host += ":" + port
         return SplitResult(scheme, host, percent_encode(self.fullpath), self.query_string, "")
 
-    @property
-    def url(self) -> str:
-        return self.urlparts.geturl()
+    url = property(lambda self: self.urlparts.geturl())
 
     @kept
     def query(self) -> FormsDict:
         """The fields of the query string."""
-        return fields_of(parse_qsl(wsgi_to_text(self.query_string, "replace")))
+        return fields_of(parse_qsl(wsgi_to_text(self.environ.get("QUERY_STRING") or "", "replace")))
 
     GET = query
 
@@ -1640,27 +1644,22 @@ class Request:
         source = environ.get("wsgi.input", EMPTY_INPUT)
         if source is environ.get("minibottle.body"):
             return source
-        limits = self._limits
-        left = self.content_length
-        if left > limits.max_body:
-            raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
-        copy: BinaryIO = io.BytesIO()
+        limits = self._limits()
+        most, read = limits.max_body, source.read
+        left = length = parse_length(environ.get("CONTENT_LENGTH") or "")
         if environ.get("wsgi.input_terminated"):
-            pieces = read_pieces(source, left if left >= 0 else limits.max_body + 1)
-        elif self.chunked:  # PEP 3333 does not say who decodes; this server has not
-            pieces = read_chunked(source, limits.max_body)
-        else:
-            pieces = read_pieces(source, max(left, 0))
-        for piece in pieces:
-            copy = spool(copy, piece, limits.spool_threshold)
-        if copy.tell() > limits.max_body:
-            raise ContentTooLarge(f"body over {limits.max_body} bytes (max_body)")
-        environ["wsgi.input"] = environ["minibottle.body"] = copy
+            left = length if length >= 0 else most + 1
+        elif "HTTP_TRANSFER_ENCODING" in environ and self.chunked:
+            pieces = read_chunked(source, most)  # PEP 3333 does not say who decodes
+            read, left = lambda size: next(pieces, b""), most + 1
+        copy = copy_body(read, left if length <= most else 0, limits.spool_threshold)
         if type(copy) is not io.BytesIO:
             environ.setdefault("minibottle.files", []).append(copy)
+        if length > most or copy.tell() > most:
+            raise ContentTooLarge(f"body over {most} bytes (max_body)")
+        environ["wsgi.input"] = environ["minibottle.body"] = copy
         return copy
 
-    @property
     def _limits(self) -> Settings:
         limits = self.environ.get("minibottle.settings", DEFAULTS)
         if self.MEMFILE_MAX != DEFAULTS.max_form_memory:
@@ -1671,7 +1670,7 @@ class Request:
 
     def _read_body(self) -> bytes:
         """The whole body in memory."""
-        limit = self._limits.max_form_memory
+        limit = self._limits().max_form_memory
         body = self._body
         body.seek(0)
         data: bytes = body.read(limit + 1)
@@ -1684,17 +1683,15 @@ class Request:
         """The fields and files of a form in the body, url-encoded or multipart."""
         if not self.content_type.startswith("multipart/"):
             text = self._read_body().decode("utf-8", "replace")
-            return fields_of(parse_qsl(text, self._limits.max_fields))
+            return fields_of(parse_qsl(text, self._limits().max_fields))
         kind, options = parse_options(self.environ["CONTENT_TYPE"])
         boundary = options.get("boundary", "")
         if kind != "multipart/form-data" or not re.fullmatch(BOUNDARY, boundary):
             raise BadRequest("not multipart/form-data with a boundary of 1 to 70 characters")
-        parts: List[FileUpload] = []
-        try:
-            read_multipart(self.body, boundary, self._limits, parts)
-        finally:
-            self.environ.setdefault("minibottle.files", []).extend(parts)
-        return fields_of((part.name or "", value_of_part(part)) for part in parts)
+        fields = read_multipart(self._body, boundary, self._limits())
+        self.environ.setdefault("minibottle.files", []).extend(
+            value for _, value in fields.allitems() if isinstance(value, FileUpload))
+        return fields
 
     @kept
     def forms(self) -> FormsDict:
@@ -1719,18 +1716,20 @@ class Request:
 
         Raises HTTPError 400 where it is not JSON.
         """
-        if self._media_type not in ("application/json", "application/json-rpc"):
+        if self._media_type() not in ("application/json", "application/json-rpc"):
             return None
         data = self._read_body()
         return parse_json_body(data) if data else None
 
     def read_json(self) -> Any:
         """The body as JSON, strictly: HTTPError 415 for another type, 400 for what is not JSON."""
-        if not re.fullmatch(JSON_TYPE, self._media_type):
-            raise HTTPError(415, f"Content-Type {self._media_type!r} is not JSON.")
+        if not re.fullmatch(JSON_TYPE, self._media_type()):
+            raise HTTPError(415, f"Content-Type {self._media_type()!r} is not JSON.")
         return parse_json_body(self._read_body())
 
-    _media_type = from_environ("CONTENT_TYPE", lambda text: text.partition(";")[0].strip().lower())
+    def _media_type(self) -> str:
+        kind: str = self.environ.get("CONTENT_TYPE") or ""
+        return kind.partition(";")[0].strip().lower()
 
     # -- where it was routed --
 
@@ -1750,6 +1749,17 @@ DESCRIBING = ("QUERY_STRING", "CONTENT_TYPE", "CONTENT_LENGTH", "wsgi.input")
 JSON_TYPE = r"application/(?:json|json-rpc|[a-z0-9.!#$&^_-]+\+json)"
 
 
+def find_environ(view: object = None) -> Dict[str, Any]:
+    """The environ of the running context; in a middleware, of what this thread answers."""
+    try:
+        return CURRENT.get()
+    except LookupError:  # the server knows, where there is no application yet, or no more
+        hand = getattr(threading.current_thread(), "minibottle_hand", None)
+    if hand is None or hand.exchange is None:
+        raise RuntimeError("Request context not initialized.")
+    return hand.exchange.environ
+
+
 class LocalRequest(Request):
     """The request of the running context; in a middleware, the one that this thread answers."""
 
@@ -1761,19 +1771,7 @@ class LocalRequest(Request):
 
     __init__ = bind
 
-    @property
-    def environ(self) -> Dict[str, Any]:
-        try:
-            return CURRENT.get()
-        except LookupError:  # the server knows, where there is no application yet, or no more
-            hand = getattr(threading.current_thread(), "minibottle_hand", None)
-        if hand is None or hand.exchange is None:
-            raise RuntimeError("Request context not initialized.")
-        return hand.exchange.environ
-
-    @environ.setter
-    def environ(self, environ: dict) -> None:
-        CURRENT.set(environ)
+    environ = property(find_environ, bind)
 
 
 class Response:
@@ -1831,37 +1829,21 @@ class Response:
         self._status_code = code
         self._status_line = line
 
-    @property
-    def status_code(self) -> int:
-        return self._status_code
-
-    @property
-    def status_line(self) -> str:
-        return self._status_line
+    status_code = property(attrgetter("_status_code"))
+    status_line = property(attrgetter("_status_line"))
 
     # -- headers --
 
-    @property
-    def headers(self) -> HeaderDict:
-        """Name to value; changes count."""
-        return self._headers
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._headers
-
-    def __getitem__(self, name: str) -> str:
-        return self._headers[name]
-
-    def __setitem__(self, name: str, value: object) -> None:
-        self._headers[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._headers[name]
+    headers = property(attrgetter("_headers"), doc="Name to value; changes count.")
+    __contains__, __getitem__, __setitem__, __delitem__ = (method_of("_headers", name) for name in (
+        "__contains__", "__getitem__", "__setitem__", "__delitem__"))
 
     def get_header(self, name: str, default: Optional[str] = None) -> Optional[str]:
         return self._headers.get(name, default)
 
-    set_header = __setitem__  # in the place of what was set under this name
+    def set_header(self, name: str, value: object) -> None:
+        """In the place of what was set under this name."""
+        self._headers[name] = value
 
     def add_header(self, name: str, value: object) -> None:
         """Keep what was set under this name, and add another."""
@@ -1980,29 +1962,25 @@ def response_of(environ: Dict[str, Any]) -> Response:
     return found
 
 
-def forwarded(name: str) -> property:
-    """An attribute that lives in the Response of the running context."""
-    return property(lambda self: getattr(response_of(request.environ), name),
-                    lambda self, value: setattr(response_of(request.environ), name, value))
-
-
 class LocalResponse(Response):
     """The response of the running context."""
 
     def __init__(self) -> None:
         pass
 
+    _headers = property(lambda self: response_of(find_environ())._headers)  # FAST: found at once
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(response_of(find_environ()), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(response_of(find_environ()), name, value)
+
     def bind(self, *args: Any, **kwargs: Any) -> None:
         """A new one: Response(*args, **kwargs)."""
         if CURRENT.get(None) is None:
             CURRENT.set({})
         request.environ["minibottle.response"] = Response(*args, **kwargs)
-
-    _status_code = forwarded("_status_code")
-    _status_line = forwarded("_status_line")
-    _headers = forwarded("_headers")
-    _cookies = forwarded("_cookies")
-    body = forwarded("body")
 
 
 BaseRequest, BaseResponse, MultipartError = Request, Response, HTTPError  # Bottle's names
@@ -3996,6 +3974,31 @@ class Answer:
         return json_loads(self.body)
 
 
+def format_form(form: dict, files: dict) -> Tuple[str, bytes]:
+    """Fields and files -> (Content-Type, body), as browsers write them (RFC 7578)."""
+    boundary, body = os.urandom(16).hex(), b""
+    for name, value in chain(each_value(form), each_value(files)):
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{escape_name(name)}"'
+        if hasattr(value, "read"):
+            value = os.path.basename(getattr(value, "name", name)), value.read()
+        if isinstance(value, tuple):
+            filename, value, kind = (*value, "application/octet-stream")[:3]
+            head += f'; filename="{escape_name(filename)}"\r\nContent-Type: {kind}'
+        data = value if isinstance(value, bytes) else str(value).encode("utf-8")
+        body += head.encode("utf-8") + b"\r\n\r\n" + data + b"\r\n"
+    return f"multipart/form-data; boundary={boundary}", body + f"--{boundary}--\r\n".encode()
+
+
+def each_value(fields: dict) -> Iterator[Tuple[str, Any]]:
+    """{"a": 1, "b": [2, 3]} -> ("a", 1), ("b", 2), ("b", 3)."""
+    return ((name, one) for name, value in fields.items()
+            for one in (value if isinstance(value, list) else [value]))
+
+
+def escape_name(name: str) -> str:
+    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+
+
 class TestClient:
     """Ask a WSGI application: `TestClient(app).get("/hello/Ada").json["hello"] -> "Ada"`.
 
@@ -4010,13 +4013,18 @@ class TestClient:
 
     def request(self, method: str, path: str, headers: Optional[Dict[str, str]] = None, *,
                 query: Optional[dict] = None, body: Union[bytes, str] = b"",
-                json: object = None, form: Optional[dict] = None) -> Answer:
-        """One request. `path` may hold a query; `json` and `form` make the body and its type."""
+                json: object = None, form: Optional[dict] = None,
+                files: Optional[dict] = None) -> Answer:
+        """One request. `path` may hold a query; `json`, `form` and `files` make the body and its
+        type. A file is open, or (filename, bytes), or (filename, bytes, content type).
+        """
         data = body.encode("utf-8") if isinstance(body, str) else body
         given = HeaderDict(headers or {})
         if json is not None:
             data = json_dumps(json).encode("utf-8")
             given.setdefault("Content-Type", "application/json")
+        elif files is not None:
+            given["Content-Type"], data = format_form(form or {}, files)
         elif form is not None:
             data = format_query(form).encode("ascii")
             given.setdefault("Content-Type", "application/x-www-form-urlencoded")

@@ -76,7 +76,7 @@ from minibottle import (
     HTTPResponse, MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings,
     SimpleTemplate, TemplateError, TestClient, UsageError, WSGIHeaderDict, abort, accepts_gzip,
     auth_basic, cookie_decode, cookie_encode, cookie_is_encoded, format_field, html_escape,
-    http_date, iter_chunked, iter_multipart, negotiate_gzip, parse_auth, parse_cookies, parse_date,
+    http_date, iter_chunked, iter_parts, negotiate_gzip, parse_auth, parse_cookies, parse_date,
     parse_framing, parse_head, parse_qsl, parse_range_header, path_shift, redirect, request,
     response, safe_join, static_file, view)
 
@@ -1786,34 +1786,25 @@ def close_files(got):
 class MultipartTest(UnitTest):
     """RFC 7578, RFC 2046 5.1."""
 
-    def events(self, body, size):
-        """What the decoder makes of `body` in steps of `size` bytes, pieces joined."""
-        buf, at, events = bytearray(), 0, []
-        for event in iter_multipart(buf, BOUNDARY):
-            if isinstance(event, HeaderDict):
-                events += [dict(event), b""]
-            elif event:
-                events[-1] += event
-            elif at >= len(body):
-                raise EOFError
-            else:
-                buf += body[at:at + size]
-                at += size
-        return events
+    def parts(self, body):
+        """What the decoder makes of `body`: headers and content."""
+        return [(dict(headers), body[start:end])
+                for headers, start, end in iter_parts(io.BytesIO(body), BOUNDARY)]
 
-    def test_a_form_reads_the_same_whole_and_byte_by_byte(self):
-        body = b"preamble\r\n" + form(
-            part("a", "1"), part("b", "\r\n--X-boun\r\n--x-bound\r\n-", "b.txt",
-                                 "Content-Type: a/b"), part("c", "")) + b"epilogue\r\n--X-bound"
-        expected = self.events(body, 1 << 20)
-        self.assertEqual(expected, [
-            {"Content-Disposition": 'form-data; name="a"'}, b"1",
-            {"Content-Disposition": 'form-data; name="b"; filename="b.txt"',
-             "Content-Type": "a/b"}, b"\r\n--X-boun\r\n--x-bound\r\n-",
-            {"Content-Disposition": 'form-data; name="c"'}, b""])
-        for size in (1, 2, 3, 7, 30, len(body) - 1):
+    def test_a_form_reads_the_same_wherever_the_blocks_end_in_which_it_is_searched(self):
+        parts = (part("a", "1"), part("b", "\r\n--X-boun\r\n--x-bound\r\n-", "b.txt",
+                                      "Content-Type: a/b"), part("c", ""))
+        expected = [({"Content-Disposition": 'form-data; name="a"'}, b"1"),
+                    ({"Content-Disposition": 'form-data; name="b"; filename="b.txt"',
+                      "Content-Type": "a/b"}, b"\r\n--X-boun\r\n--x-bound\r\n-"),
+                    ({"Content-Disposition": 'form-data; name="c"'}, b"")]
+        self.assertEqual(self.parts(form(*parts)), expected)
+        for size in (0, 1, *range(4070, 4100), 131060, 200000):
             with self.subTest(size=size):
-                self.assertEqual(self.events(body, size), expected)
+                body = b"p" * size + b"\r\n" + form(*parts) + b"epilogue\r\n--X-bound"
+                self.assertEqual(self.parts(body), expected)
+                (_, long), *others = self.parts(form(part("x", b"x" * size), *parts))
+                self.assertEqual((len(long), others), (size, expected))
 
     def test_fields_and_files_come_apart(self):
         got = multipart(form(part("a", UNICODE), part("f", b"\xff\0", UNICODE + ".bin", "X-A: ö"),
@@ -1849,7 +1840,7 @@ class MultipartTest(UnitTest):
                 (b"", "last boundary"), (good, "last boundary"), (good + b"--X-bound", "last"),
                 (form(good, end=b"--X-bound-"), "last"), (b"--other--\r\n", "last boundary"),
                 (form(good, end=b"--X-boundless\r\n\r\n"), "followed by"),
-                (form(good[:-2]), "last boundary"), (b"--X-bound\r\n\r\nx\r\n", "Disposition"),
+                (form(good[:-2]), "last boundary"), (b"--X-bound\r\n\r\nx\r\n", "last"),
                 (form(b"--X-bound\r\nContent-Type: a/b\r\n\r\nx\r\n"), "Content-Disposition"),
                 (form(part("a", "", None, "no colon")), "no colon"),
                 (form(part("a", "", None, "X-A : b")), "white space before the colon"),
@@ -1890,14 +1881,23 @@ class MultipartTest(UnitTest):
         self.assertEqual({len(upload.file.read()) for upload in got.files.values()}, {61440})
         close_files(got)
 
-    def test_files_are_kept_in_memory_up_to_a_limit_for_all_together(self):
-        limits = Settings(spool_threshold=3000)
-        got = multipart(form(*[part("f", b"x" * 999, "f")] * 5),
-                        **{"minibottle.settings": limits})
-        self.assertEqual([type(upload.file) is io.BytesIO for upload in got.files.getall("f")],
-                         [True, True, True, False, False])
-        self.assertEqual({upload.file.read() for upload in got.files.getall("f")}, {b"x" * 999})
-        close_files(got)
+    def test_the_files_of_a_large_form_are_parts_of_one_file_on_disk(self):
+        body = form(*[part("f", bytes([i]) * 999, "f") for i in range(5)])
+        for limit, in_memory in ((len(body), True), (len(body) - 1, False)):
+            got = multipart(body, **{"minibottle.settings": Settings(spool_threshold=limit)})
+            files = [upload.file for upload in got.files.getall("f")]
+            with self.subTest(limit=limit):
+                self.assertEqual({type(file) is io.BytesIO for file in files}, {in_memory})
+                self.assertEqual([file.read(500) for file in files],
+                                 [bytes([i]) * 500 for i in range(5)])
+                self.assertEqual(got.body.read(), body)  # neither disturbs the other
+                for i, file in enumerate(files):
+                    self.assertEqual((file.tell(), file.read()), (500, bytes([i]) * 499))
+                    self.assertEqual((file.seek(-9, 2), file.read(5), file.seek(2, 1), file.read()),
+                                     (990, bytes([i]) * 5, 997, bytes([i]) * 2))
+                    self.assertEqual((file.seek(5000), file.read(), file.seek(0)), (5000, b"", 0))
+            close_files(got)
+            self.assertTrue(all(file.closed for file in files))
 
     def test_bottles_memfile_max_stands_for_both_limits(self):
         class Small(Request):
@@ -4880,6 +4880,29 @@ class TestClientTest(UnitTest):
         self.assertEqual(self.client.get("/a?b=c", query={"d": "e"}).json["query"],
                          {"b": "c", "d": "e"})
 
+    def test_files_are_sent_as_a_browser_sends_them(self):
+        @self.app.post("/up")
+        def up():
+            return {"forms": list(request.forms.allitems()), "files": [
+                [name, file.raw_filename, file.content_type, file.file.read().decode()]
+                for name, file in request.files.allitems()]}
+        name = 'a"b\r\n' + UNICODE
+        sent = name.replace("\r\n", "%0D%0A")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "c.txt")
+            with open(path, "w+b") as file:
+                file.write(b"on disk")
+                file.seek(0)
+                got = self.client.post("/up", form={"x": UNICODE, "y": [1, 2]}, files={
+                    "f": (name, b"1", "a/b; c=d"), name: ("two", b"2"), "open": file,
+                    "many": [("m1", b""), io.BytesIO(b"\r\n--")]}).json
+        octets = "application/octet-stream"
+        self.assertEqual(got, {
+            "forms": [["x", UNICODE], ["y", "1"], ["y", "2"]],
+            "files": [["f", sent, "a/b; c=d", "1"], [sent, "two", octets, "2"],
+                      ["open", "c.txt", octets, "on disk"], ["many", "m1", octets, ""],
+                      ["many", "many", octets, "\r\n--"]]})
+
     def test_cookies_are_kept_until_they_are_dropped(self):
         @self.app.get("/set")
         def set():
@@ -4917,6 +4940,124 @@ class TestClientTest(UnitTest):
         start = time.process_time()
         self.assertEqual(asyncio.run(several()), [str(i) for i in range(500)])
         self.assertLess(time.process_time() - start, SLOW)
+
+
+class Desk:
+    """An application for clients of all kinds: what it was sent comes back as JSON."""
+
+    SECRET = "s3cret"
+    DATA = bytes(range(256)) * 16
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        with open(os.path.join(self.folder.name, "data.bin"), "wb") as file:
+            file.write(self.DATA)
+        self.said = queue.Queue()
+        self.app = App()
+        self.app.get("/data.bin", callback=lambda: static_file("data.bin", self.folder.name))
+        self.app.get("/go/<name>", callback=lambda name: redirect("../echo/" + name + "?q=" + name))
+        self.app.route("/echo/<name>", ["GET", "POST"], self.echo)
+        self.app.get("/cookies", callback=self.set_cookies)
+        self.app.post("/say", callback=lambda: self.said.put(request.json))
+
+    def echo(self, name):
+        return {"name": name, "query": list(request.query.allitems()),
+                "forms": list(request.forms.allitems()),
+                "files": [[key, file.raw_filename, file.content_type,
+                           hashlib.md5(file.file.read()).hexdigest()]
+                          for key, file in request.files.allitems()],
+                "cookies": dict(request.cookies),
+                "signed": request.get_cookie("signed", secret=self.SECRET)}
+
+    def set_cookies(self):
+        response.set_cookie("plain", "a b")
+        response.set_cookie("signed", {"who": UNICODE}, self.SECRET)
+
+
+def md5(data):
+    return hashlib.md5(data).hexdigest()
+
+
+class ClientsTest(UnitTest):
+    """What people ask servers with: requests over a socket, WebTest without one."""
+
+    def setUp(self):
+        self.desk = Desk()
+        self.addCleanup(self.desk.folder.cleanup)
+
+    def open_requests(self):
+        """requests.Session().request, with the server's URL before each path."""
+        import requests
+        server, session = Server(self.desk.app, port=0), requests.Session()
+        session.trust_env = False
+        server.__enter__()
+        self.addCleanup(server.__exit__, None, None, None)
+        self.addCleanup(session.close)
+        return lambda method, path, **options: session.request(
+            method, server.url + path, timeout=TIMEOUT, **options)
+
+    @needs("requests")
+    def test_requests_sends_text_files_and_cookies(self):
+        send = self.open_requests()
+        big = b"\r\n--" * 200000
+        got = send("POST", "/echo/" + UNICODE, params={"q": UNICODE, "a b": "&=%"},
+                   data={"x": UNICODE, "y": ["1", "2"]}, files=[
+                       ("f", (UNICODE + ".txt", b"1", "text/plain")), ("f", ("b", big))]).json()
+        self.assertEqual(got, {
+            "name": UNICODE, "query": [["q", UNICODE], ["a b", "&=%"]],
+            "forms": [["x", UNICODE], ["y", "1"], ["y", "2"]], "cookies": {}, "signed": None,
+            "files": [["f", UNICODE + ".txt", "text/plain", md5(b"1")], ["f", "b", "", md5(big)]]})
+        got = send("POST", "/echo/x", data={"x": UNICODE}).json()
+        self.assertEqual((got["forms"], got["files"]), ([["x", UNICODE]], []))
+        send("GET", "/cookies")
+        got = send("GET", "/echo/x").json()
+        self.assertEqual((got["cookies"]["plain"], got["signed"]), ("a b", {"who": UNICODE}))
+
+    @needs("requests")
+    def test_requests_follows_a_relative_location(self):
+        answer = self.open_requests()("GET", "/go/" + UNICODE)
+        first, = answer.history
+        self.assertEqual((first.status_code, first.headers["Location"][:8]), (303, "../echo/"))
+        self.assertEqual((answer.json()["name"], answer.json()["query"]), (
+            UNICODE, [["q", UNICODE]]))
+
+    @needs("requests")
+    def test_requests_asks_for_ranges(self):
+        send, data = self.open_requests(), self.desk.DATA
+        etag = send("HEAD", "/data.bin").headers["ETag"]
+        for headers, status, body in (
+                ({}, 200, data), ({"Range": "bytes=0-9"}, 206, data[:10]),
+                ({"Range": "bytes=-9"}, 206, data[-9:]), ({"Range": "bytes=9-"}, 206, data[9:]),
+                ({"Range": "bytes=9-", "If-Range": etag}, 206, data[9:]),
+                ({"Range": "bytes=9-", "If-Range": '"other"'}, 200, data),
+                ({"Range": "bytes=4096-"}, 416, None), ({"If-None-Match": etag}, 304, b"")):
+            answer = send("GET", "/data.bin", headers=headers)
+            with self.subTest(headers=headers):
+                self.assertEqual(answer.status_code, status)
+                if body is not None:
+                    self.assertEqual(answer.content, body)
+        self.assertEqual(send("GET", "/data.bin", headers={"Range": "bytes=5000-"}).headers[
+            "Content-Range"], "bytes */4096")
+
+    @needs("webtest")
+    def test_webtest_sends_and_asks_the_same(self):
+        with warnings.catch_warnings():      # WebOb imports cgi
+            warnings.simplefilter("ignore")
+            import webtest
+        client, path = webtest.TestApp(self.desk.app), "/echo/" + urllib.parse.quote(UNICODE)
+        got = client.post(path, params=[("x", UNICODE)], upload_files=[
+            ("f", UNICODE + ".txt", b"1", "text/plain"), ("f", "b", b"2")]).json
+        self.assertEqual((got["name"], got["forms"], [file[:2] for file in got["files"]]), (
+            UNICODE, [["x", UNICODE]], [["f", UNICODE + ".txt"], ["f", "b"]]))
+        self.assertEqual(client.post(path, [("x", UNICODE)]).json["forms"], [["x", UNICODE]])
+        client.get("/cookies")
+        self.assertEqual(client.get(path).json["signed"], {"who": UNICODE})
+        got = client.get("/go/b").follow()
+        self.assertEqual((got.json["name"], got.json["query"]), ("b", [["q", "b"]]))
+        part = client.get("/data.bin", headers={"Range": "bytes=5-9"}, status=206)
+        self.assertEqual((part.body, part.headers["Content-Range"]), (
+            self.desk.DATA[5:10], "bytes 5-9/4096"))
+        client.get("/data.bin", headers={"Range": "bytes=9999-"}, status=416)
 
 
 # === 12. Event loop ===========================================================
@@ -6187,6 +6328,58 @@ class RefusedUploadTest(WireTest):
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
                 with self.subTest(i=i, field=field):
                     self.assertEqual((done.stdout, done.stderr, done.returncode), (b"413", b"", 0))
+
+
+class HostileFormTest(WireTest):
+    """What is sent to exhaust or confuse is answered at once, and costs one line of the log."""
+
+    SIZE = 100 << 20 if LONG else 2 << 20
+    TEXT = "application/x-www-form-urlencoded"
+    FORM = "multipart/form-data; boundary=" + BOUNDARY
+    DISPOSITION = b"--X-bound\r\nContent-Disposition: form-data; name=a"
+
+    def rows(self):
+        """(type, Cookie, body, status, what the answer says)"""
+        parts = b"".join(part("a", "") for _ in range(5000))
+        yield self.FORM, "", form(parts), 413, b"max_fields"
+        yield self.FORM, "", form(part("f", "", "f") * 5000), 413, b"max_files"
+        yield self.TEXT, "", b"a&" * 5000, 413, b"max_fields"
+        yield self.TEXT, "", b"a=" + b"%" * 200000, 200, b"1 fields, 0 files"
+        yield self.TEXT, "", b"a" * self.SIZE, 413, b"max_form_memory"
+        yield self.FORM, "", form(part("a", b"x" * self.SIZE)), 413, b"max_form_memory"
+        yield self.FORM, "", form(part("a", b"\n" * self.SIZE, "f")), 200, b"0 fields, 1 files"
+        yield self.FORM, "", b"--X-boun\r\n" * 90000, 400, b"last boundary"
+        yield self.FORM, "", form(part("f", b"\r\n--X-boun" * 90000, "f")), 200, b"1 files"
+        for bad in (b"\r\nX: a\rb", b"\r\nX: a\nb", b"\r\nX: a\0b", b'; filename="a\0b"',
+                    b'; filename="a\rb"', b'; filename="a\nb"', b"\r\nX\0: a"):
+            body = form(self.DISPOSITION + bad + b"\r\n\r\nx\r\n")
+            yield self.FORM, "", body, 400, b"in line"
+        yield self.FORM, "", form(self.DISPOSITION + b"\r\nno colon\r\n\r\n\r\n"), 400, b"colon"
+        for cookie in ('"', "\\", ";", '="', '"\\', ';="', "a=\"\\"):
+            yield self.TEXT, "c=" + cookie * (30000 // len(cookie)), b"a", 200, b"1 fields"
+
+    def test_each_ends_soon_with_its_status_and_one_line_of_the_log(self):
+        def count():
+            request.cookies
+            return "%d fields, %d files" % (len(request.forms), len(request.files))
+        access, on = logging.getLogger("minibottle.access"), logging.NullHandler()
+        for undo in (functools.partial(access.removeHandler, on),
+                     functools.partial(access.setLevel, access.level)):
+            self.addCleanup(undo)
+        access.addHandler(on)
+        access.setLevel(logging.INFO)
+        log, server = self.listen_to_log(), self.serve(app_of(count, method="POST"))
+        start = time.process_time()
+        for kind, cookie, body, status, text in self.rows():
+            head = post("Content-Type: " + kind, "Content-Length: %d" % len(body),
+                        *["Cookie: " + cookie] * bool(cookie), "Connection: close")
+            answer = self.fetch(server, head + body)
+            with self.subTest(cookie=cookie[:9], body=body[:99], length=len(body)):
+                self.assertEqual(answer.status, status)
+                self.assertIn(text, answer.body)
+                self.assertIn('"POST / HTTP/1.1" %d' % status, log.next())
+                self.assertTrue(log.queue.empty())
+        self.assertLess(time.process_time() - start, (8 if LONG else 2) * SLOW)
 
 
 PAGE = b"<p>Hello World!</p>\n" * 500
@@ -8040,6 +8233,32 @@ class DemoAppTest(unittest.TestCase):
         self.assertTrue(answer.text.startswith("Hello world!\n"))
 
 
+# A form with three files, submitted by itself into a frame, then by fetch; then a range of a file.
+UPLOADING = """<!doctype html><meta charset=utf-8>
+<form method=post action="echo/form" enctype=multipart/form-data target=frame>
+<input name="text"><input type=file name="files" multiple></form><iframe name=frame></iframe>
+<script>
+const form = document.forms[0], frame = document.querySelector("iframe"), NAME = %s
+const chosen = new DataTransfer()
+for (const [name, text] of [[NAME + ".txt", NAME], ['a"b.txt', "2"], ["c", ""]])
+    chosen.items.add(new File([text], name, {type: "text/plain"}))
+form.text.value = NAME
+form.files.files = chosen.files
+frame.onload = async () => {
+    if (frame.contentWindow.location.pathname != "/echo/form")
+        return
+    const shown = JSON.parse(frame.contentDocument.body.textContent)
+    const sent = await fetch("echo/" + NAME + "?q=" + NAME,
+                             {method: "POST", body: new FormData(form)})
+    const part = await fetch("data.bin", {headers: {Range: "bytes=65-69"}})
+    fetch("say", {method: "POST", headers: {"Content-Type": "application/json"},
+                  body: JSON.stringify([shown, await sent.json(), part.status,
+                                        part.headers.get("Content-Range"), await part.text()])})
+}
+form.submit()
+</script>"""
+
+
 @unittest.skipUnless(BROWSER, "needs Chromium")
 class BrowserTest(unittest.TestCase):
 
@@ -8047,11 +8266,12 @@ class BrowserTest(unittest.TestCase):
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--no-proxy-server", "--disable-dev-shm-usage")
 
-    def dump_dom(self, app):
+    def dump_dom(self, app, *flags):
         """What headless Chromium makes of GET /, as text."""
         with tempfile.TemporaryDirectory() as profile, Server(app, port=0) as server:
             return subprocess.run(
-                [BROWSER, *self.FLAGS, "--user-data-dir=" + profile, "--dump-dom", server.url],
+                [BROWSER, *self.FLAGS, *flags, "--user-data-dir=" + profile, "--dump-dom",
+                 server.url],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 timeout=2 * TIMEOUT, check=True).stdout.decode()
 
@@ -8062,6 +8282,21 @@ class BrowserTest(unittest.TestCase):
         at_once(self.check_shown, [
             (load_example("hello"), "<html><head></head><body>Hello World!</body></html>"),
             (wsgiref.simple_server.demo_app, "wsgi.url_scheme = 'http'")])
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_uploads_three_files_at_once_and_downloads_a_range(self):
+        desk = Desk()
+        self.addCleanup(desk.folder.cleanup)
+        desk.app.get("/", callback=lambda: UPLOADING % json.dumps(UNICODE))
+        self.dump_dom(desk.app, "--virtual-time-budget=20000")
+        shown, sent, *download = desk.said.get(timeout=TIMEOUT)
+        files = [["files", UNICODE + ".txt", "text/plain", md5(UNICODE.encode())],
+                 ["files", 'a"b.txt', "text/plain", md5(b"2")],
+                 ["files", "c", "text/plain", md5(b"")]]
+        for got, name, query in ((shown, "form", []), (sent, UNICODE, [["q", UNICODE]])):
+            self.assertEqual((got["name"], got["query"], got["forms"], got["files"]),
+                             (name, query, [["text", UNICODE]], files))
+        self.assertEqual(download, [206, "bytes 65-69/4096", "ABCDE"])
 
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_chromium_shows_the_three_services(self):

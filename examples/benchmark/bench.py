@@ -12,6 +12,7 @@ Peers that are not installed are skipped. Without a SCENARIO all of them run, in
     cpu        fast requests while 2 connections burn 20 ms of processor time per request
     idle       memory for each of 5,000 idle keep-alive connections; wake-ups of the idle worker
     inprocess  one call of the application, without a server
+    forms      the same for what people send and are sent; then an upload of 100 MB
     routes     what many dynamic routes cost
     import     memory and time of the import, from its .pyc
 
@@ -28,6 +29,7 @@ import contextlib
 import http.client
 import importlib
 import importlib.util
+import io
 import os
 import platform
 import re
@@ -265,21 +267,22 @@ def import_libraries():
     return modules
 
 
-def time_call(app, path="/"):
+def time_call(app, path="/", expected=BODY, status="200 OK", body=b"", number=5000, **more):
     """Microseconds of one call with a fresh environ, as servers make; the best of nine rounds."""
     environ = {"REQUEST_METHOD": "GET", "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": "",
-               "SERVER_NAME": "localhost", "SERVER_PORT": "80", "wsgi.url_scheme": "http"}
+               "SERVER_NAME": "localhost", "SERVER_PORT": "80", "wsgi.url_scheme": "http",
+               "CONTENT_LENGTH": str(len(body)), **more}
     statuses = set()
 
     def start_response(status, headers, exc_info=None):
         statuses.add(status)
 
     def call():
-        return b"".join(app(environ.copy(), start_response))
+        return b"".join(app({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
 
-    if (call(), statuses) != (BODY, {"200 OK"}):
-        raise ValueError(f"GET {path} answers {statuses}")
-    return min(timeit.repeat(call, number=5000, repeat=9)) / 5000 * 1e6
+    if expected not in call() or statuses != {status}:
+        raise ValueError(f"{path} answers {statuses}")
+    return min(timeit.repeat(call, number=number, repeat=9)) / number * 1e6
 
 
 def run_inprocess(options):
@@ -289,6 +292,68 @@ def run_inprocess(options):
         app.route("/", callback=lambda: "Hello World!")
         results[name] = {"us": time_call(app)}
     return [("us", "us a call", ".2f")], results
+
+
+FORM_TYPE = "multipart/form-data; boundary=----WebKitFormBoundaryAbCdEfGh01234567"
+BEFORE_PART = b"------WebKitFormBoundaryAbCdEfGh01234567\r\nContent-Disposition: form-data; "
+UPLOAD = (BEFORE_PART + b'name="a"\r\n\r\nx\r\n' + BEFORE_PART + b'name="f"; filename="f"\r\n\r\n',
+          b"\r\n------WebKitFormBoundaryAbCdEfGh01234567--\r\n")
+POSTS = {  # name: what time_call gets; each handler below has its name
+    "query": {"QUERY_STRING": "a=x&b=2"},
+    "form": {"body": b"a=x&b=2", "CONTENT_TYPE": "application/x-www-form-urlencoded"},
+    "multipart": {"body": (b"x" * 1000).join(UPLOAD), "CONTENT_TYPE": FORM_TYPE},
+    "json_in": {"body": b'{"a": "x", "b": [1, 2, 3]}', "CONTENT_TYPE": "application/json"},
+    "json_out": {"expected": b'"a"'},
+    "template": {"expected": b"<li>&lt;9&gt;"},
+    "missing": {"expected": b"missing", "status": "404 Not Found"},
+}
+
+
+def make_desk(module):
+    """An application of that library, with a handler for each of POSTS."""
+    app, request = module.Bottle(), module.request
+    page = module.SimpleTemplate("% for i in items:\n<li>{{i}}</li>\n% end\n")
+    items = [f"<{i}>" for i in range(10)]
+    app.post("/query", callback=lambda: BODY if request.query.a == "x" else b"")
+    app.post("/form", callback=lambda: BODY if request.forms.a == "x" else b"")
+    app.post("/multipart", callback=lambda: (
+        BODY if request.forms.a == "x" and request.files.f else b""))
+    app.post("/json_in", callback=lambda: BODY if request.json["a"] == "x" else b"")
+    app.post("/json_out", callback=lambda: {"a": 1, "b": ["x", "y"]})
+    app.post("/template", callback=lambda: page.render(items=items))
+    return app
+
+
+def time_upload(module, size=100 << 20):
+    """Milliseconds until `request.files` has it, from a file as from a socket; the best of five."""
+    times = []
+    with tempfile.TemporaryFile() as source:
+        source.write(UPLOAD[0])
+        for _ in range(size >> 20):
+            source.write(os.urandom(1 << 20))
+        source.write(UPLOAD[1])
+        for _ in range(5):
+            environ = {"REQUEST_METHOD": "POST", "CONTENT_TYPE": FORM_TYPE, "wsgi.input": source,
+                       "CONTENT_LENGTH": str(source.tell())}
+            source.seek(0)
+            start = time.perf_counter()
+            file = module.BaseRequest(environ).files["f"].file
+            times.append(time.perf_counter() - start)
+            if file.seek(0, os.SEEK_END) != size:
+                raise ValueError("the upload is not whole")
+    return min(times) * 1e3
+
+
+def run_forms(options):
+    modules = import_libraries()
+    results = {name: {} for name in [*POSTS, "100 MB upload"]}
+    for library, module in modules.items():
+        app = make_desk(module)
+        for name, more in POSTS.items():
+            results[name][library] = time_call(app, "/" + name, number=1000,
+                                               REQUEST_METHOD="POST", **more)
+        results["100 MB upload"][library] = time_upload(module) * 1e3
+    return [(library, "us " + library, ",.1f") for library in reversed([*modules])], results
 
 
 def add_routes(app, numbers):
@@ -348,6 +413,7 @@ SCENARIOS = {  # name: function(options) -> (columns, {server: {key: figure}})
     "cpu": lambda options: run_beside(options, "/cpu", 2),
     "idle": run_idle,
     "inprocess": run_inprocess,
+    "forms": run_forms,
     "routes": run_routes,
     "import": run_import,
 }
@@ -359,7 +425,8 @@ def print_table(columns, results):
     ours = results.get("minibottle", {}).get(key)
     rows = [["", *(heading for _, heading, _ in columns), "ratio"]]
     for name, result in results.items():
-        ratio = f"{ours / result[key]:.2f}" if ours and result[key] else "-"
+        mine = ours or result.get("minibottle")
+        ratio = f"{mine / result[key]:.2f}" if mine and result[key] else "-"
         rows.append([name, *(format(result[key], form) for key, _, form in columns), ratio])
     for row in rows:
         print(f"  {row[0]:15}", *(f"{cell:>{max(len(heading), 7) + 1}}"
