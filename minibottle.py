@@ -4143,20 +4143,10 @@ class Hand:
         self.wake = _thread.allocate_lock()
         self.wake.acquire()
         self.holds = False            # it has the loop; only the thread itself clears it
-        self.since = 0.0              # off the loop: when its call began; 0.0: it runs none
+        self.since = 0.0              # when its call began; 0.0: it runs none
         self.hung = 0.0               # the same, of the call that was reported
         self.exchange: Optional["Exchange"] = None  # what it calls for
         self.thread: Any = None
-
-
-class Listener:
-    """A bound socket, and the part of the environ that is the same for all its requests."""
-
-    __slots__ = ("sock", "template")
-
-    def __init__(self, sock: socket.socket, template: Template) -> None:
-        self.sock = sock
-        self.template = template
 
 
 IDLE, HEAD, BODY, WRITE, LINGER = "idle", "head", "body", "write", "linger"
@@ -4165,11 +4155,10 @@ IDLE, HEAD, BODY, WRITE, LINGER = "idle", "head", "body", "write", "linger"
 class Connection:
     """What an idle connection costs."""
 
-    __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase", "since",
+    __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase",
                  "deadline", "exchange")
 
-    def __init__(self, sock: socket.socket, peer: Any, template: Template, now: float,
-                 deadline: float) -> None:
+    def __init__(self, sock: socket.socket, peer: Any, template: Template, deadline: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.addr = peer[0] if isinstance(peer, tuple) else ""  # "" of a Unix socket
@@ -4179,7 +4168,6 @@ class Connection:
         self.want = IN            # what it waits for: IN or OUT
         self.mask = IN            # what the poller watches it for: want, or OFF
         self.phase = IDLE
-        self.since = now          # idle since
         self.deadline = deadline  # monotonic seconds
         self.exchange: Any = None  # an Exchange that is begun, and not ended
 
@@ -4215,11 +4203,12 @@ class Loop:
         self.nobody.table.append(0.0)
         self.holder = self.nobody
         self.asleep: List[int] = []    # not empty: the monitor sleeps
-        self.listeners: Dict[int, Listener] = {}
+        self.listeners: Dict[int, Tuple[socket.socket, Template]] = {}
         self.paused = False            # the listeners are left
         self.resume_at = 0.0           # until then
         self.draining = 0.0            # until then what is begun may end; 0.0: not draining
-        self.drain_idle_seconds = DRAIN_IDLE_SECONDS
+        self.keepalive_timeout = settings.keepalive_timeout
+        self.drain_idle_seconds = DRAIN_IDLE_SECONDS  # what it is then
         self.over = False
         self.sweep_at = 0.0
         # No new deadline is sooner than that: so long the loop may sleep.
@@ -4227,12 +4216,11 @@ class Loop:
                            settings.keepalive_timeout, settings.write_timeout, LINGER_SECONDS)
         self.heartbeat = heartbeat_of(settings)
         self.beat_at = 0.0
-        self.count = {"polls": 0, "disarms": 0}
 
     def on_heartbeat(self, now: float) -> None:
         """Every few seconds, on the monitor: find the calls that last too long."""
         for hand in list(self.hands):
-            since = (hand.table[-1:] or [hand.since])[0]
+            since = hand.since
             if since and now - since > self.settings.worker_timeout and since != hand.hung:
                 hand.hung = since
                 self.on_hung(hand, now - since)
@@ -4269,8 +4257,8 @@ class Loop:
         deadline = monotonic() + SHUT_DOWN_SECONDS
         for thread in [hand.thread for hand in self.hands]:
             thread.join(max(0.0, deadline - monotonic()))
-        for listener in self.listeners.values():
-            listener.sock.close()
+        for sock, _ in self.listeners.values():
+            sock.close()
         me = Hand()
         for c in list(self.ready.values()):
             if c.exchange is not None:
@@ -4308,12 +4296,9 @@ class Loop:
             hand = self.spares.pop() if self.spares else self.start_thread()
             if hand is None:
                 return False
-            holder = self.holder
             try:
-                holder.since = holder.table[-1]
-                holder.table.pop()
+                self.holder.table.pop()
             except IndexError:  # the call has just ended
-                holder.since = 0.0
                 self.spares.append(hand)
                 return True
             hand.holds = True
@@ -4366,7 +4351,6 @@ class Loop:
                     continue
                 if self.waiting or self.over:  # who queues looks for spares here, afterwards
                     continue
-                me.since = 0.0
                 self.spares.append(me)
             if not me.wake.acquire(timeout=SPARE_SECONDS):
                 with self.lock:
@@ -4404,12 +4388,11 @@ class Loop:
 
     def user(self, me: Hand, function: Callable, *args: object) -> Any:
         """Call what may block, with the ticket on the table; me.holds tells if it is still ours."""
+        me.since = monotonic()
         if me.holds:
-            me.table.append(monotonic())
+            me.table.append(me.since)
             if self.asleep:
                 self.rouse()
-        else:
-            me.since = monotonic()
         try:
             return function(*args)
         finally:
@@ -4417,7 +4400,7 @@ class Loop:
                 me.table.pop()
             except IndexError:  # the monitor took it, if there was one: another thread has the loop
                 me.holds = False
-                me.since = 0.0
+            me.since = 0.0
 
     # -- the loop --
 
@@ -4433,7 +4416,6 @@ class Loop:
     def turn(self, me: Hand) -> None:
         """One poll, and what is due. Returns early when another thread has the loop."""
         ready, again = self.ready, self.again
-        self.count["polls"] += 1
         for fd, _ in self.poller.poll(0 if again else self.poll_timeout(), 256):
             c = ready.pop(fd, None)
             if c is None:
@@ -4475,7 +4457,7 @@ class Loop:
         if fd in self.watched:
             self.watched[fd]()
         elif fd in self.listeners:
-            self.accept(self.listeners[fd])
+            self.accept(*self.listeners[fd])
         else:
             self.disarm(fd)
 
@@ -4489,7 +4471,6 @@ class Loop:
                 return
             c.mask = OFF
             self.poller.modify(fd, OFF)
-            self.count["disarms"] += 1
             if self.ready.get(fd) is c:  # given back just now by one who saw the old mask
                 c.mask = c.want
                 self.poller.modify(fd, c.want)
@@ -4526,14 +4507,14 @@ class Loop:
 
     # -- listeners --
 
-    def accept(self, listener: Listener) -> bool:
+    def accept(self, listener: socket.socket, template: Template) -> bool:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
             if self.is_full():
                 self.pause(MONITOR_SECONDS)
                 return False
             try:
-                sock, peer = listener.sock.accept()
+                sock, peer = listener.accept()
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
@@ -4544,7 +4525,7 @@ class Loop:
                 continue  # this one was gone already
             sock.setblocking(False)
             now = monotonic()
-            c = Connection(sock, peer, listener.template, now, now + self.settings.header_timeout)
+            c = Connection(sock, peer, template, now + self.settings.header_timeout)
             if not self.connections:
                 self.sweep_at = now + self.soonest
             self.connections[c.fd] = c
@@ -4576,37 +4557,33 @@ class Loop:
                 self.take_job(me)
         except IndexError:  # there are no more
             pass
-        if self.draining:
-            self.drain_idle(me, now)
+        if not me.holds:
+            return
+        if self.draining and self.listeners:
+            self.close_listeners(now)
         if now >= self.sweep_at:
             self.expire(me, now)
+        if self.draining and not self.connections:
+            self.stop()
 
-    def drain_idle(self, me: Hand, now: float) -> None:
-        """Close the listeners, when their backlog is empty, and what has been idle for a while; a
-        close at once would cross a request on the wire."""
-        for fd, listener in list(self.listeners.items()):
-            while self.accept(listener):
+    def close_listeners(self, now: float) -> None:
+        """When their backlog is empty. What is idle ends a while later: a close at once would cross
+        a request on the wire."""
+        for fd, (sock, template) in list(self.listeners.items()):
+            while self.accept(sock, template):
                 pass
             try:
                 self.poller.unregister(fd)  # explicitly: other processes keep it open
             except OSError:  # it was paused
                 pass
             del self.listeners[fd]
-            listener.sock.close()
+            sock.close()
+        self.keepalive_timeout = self.drain_idle_seconds
         for c in list(self.ready.values()):
-            since = max(c.since, self.draining - self.settings.grace)
-            if c.phase is IDLE and since + self.drain_idle_seconds < now \
-                    and self.ready.pop(c.fd, None) is c:
-                try:
-                    c.buf = c.sock.recv(65536)  # a request that is here already is answered
-                except OSError:
-                    pass
-                if c.buf:
-                    self.again.append(c)
-                else:
-                    self.close(c)
-        if not self.connections:
-            self.stop()
+            if c.phase is IDLE:
+                c.deadline = min(c.deadline, now + self.keepalive_timeout)
+        self.soonest = min(self.soonest, self.keepalive_timeout)
+        self.sweep_at = now
 
     def expire(self, me: Hand, now: float) -> None:
         soonest = now + self.soonest
@@ -4838,7 +4815,6 @@ class Worker(Loop):
         self.logs = settings.access_log
         self.safe_head = min(settings.max_request_line, settings.max_header_bytes)
         self.max_headers = settings.max_headers
-        self.keepalive_timeout = settings.keepalive_timeout
         self.gzip_min = settings.gzip_min if settings.gzip else sys.maxsize
         if not settings.max_connections:
             settings.max_connections = free_descriptors()
@@ -4851,7 +4827,7 @@ class Worker(Loop):
                         settings.max_body)
         for sock in sockets:
             sock.setblocking(False)
-            self.listeners[sock.fileno()] = Listener(sock, self.template(sock))
+            self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
 
     def template(self, sock: socket.socket) -> Template:
@@ -5045,8 +5021,7 @@ class Worker(Loop):
             me.table.append(began)
             if self.asleep:
                 self.rouse()
-        else:
-            me.since = began
+        me.since = began
         me.exchange = x
         error = None
         try:
@@ -5058,7 +5033,7 @@ class Worker(Loop):
             me.table.pop()
         except IndexError:  # the monitor took it, if there was one: another thread has the loop
             me.holds = False
-            me.since = 0.0
+        me.since = 0.0
         now = monotonic()
         if now - began > SLOW_SECONDS or x.plan.slow:
             x.plan.took(now - began)
@@ -5216,7 +5191,6 @@ class Worker(Loop):
         if x.ending is CLOSE:
             return self.farewell(c)
         c.phase = IDLE
-        c.since = now
         c.deadline = now + self.keepalive_timeout
         if c.buf:  # of a next request
             self.again.append(c)
@@ -5438,7 +5412,15 @@ class Worker(Loop):
             x.queued = queued  # the peer reads what the system holds
             c.deadline = monotonic() + settings.write_timeout
             return self.give(c)
-        self.close(c)
+        if c.phase is IDLE:
+            try:
+                c.buf = c.sock.recv(RECV_BYTES)  # a request that is here already is answered
+            except OSError:
+                pass
+        if c.buf:
+            self.again.append(c)
+        else:
+            self.close(c)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""

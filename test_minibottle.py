@@ -4999,7 +4999,24 @@ def stats():
     return dict(
         doubled=sum(n > 1 for n in ledger.calls.values()), calls=len(ledger.calls),
         opened=ledger.opened, closed=ledger.closed, broken=ledger.broken[:5],
-        connections=len(worker.connections), waiting=len(worker.waiting), count=dict(worker.count))
+        connections=len(worker.connections), waiting=len(worker.waiting), count=worker.poller.count)
+
+
+class CountingPoller:
+    """Counts what the loop asks of its poller."""
+
+    def __init__(self, poller):
+        self.poller, self.count = poller, {"polls": 0, "disarms": 0}
+        self.register, self.unregister, self.close = (
+            poller.register, poller.unregister, poller.close)
+
+    def poll(self, *args):
+        self.count["polls"] += 1
+        return self.poller.poll(*args)
+
+    def modify(self, fd, mask):
+        self.count["disarms"] += mask == minibottle.OFF
+        self.poller.modify(fd, mask)
 
 
 class Unplanned(logging.Handler):
@@ -5020,7 +5037,9 @@ def serve_application():
     threading.excepthook = lambda args: ledger.note("a thread died: %r" % (args.exc_value,))
     sys.unraisablehook = lambda args: ledger.note("unraisable: %r" % (args.exc_value,))
     logging.getLogger("minibottle").addHandler(Unplanned())
-    with minibottle.Server(application, port=0, max_threads=int(sys.argv[2])) as ledger.server:
+    ledger.server = minibottle.Server(application, port=0, max_threads=int(sys.argv[2]))
+    ledger.server.worker.poller = CountingPoller(ledger.server.worker.poller)
+    with ledger.server:
         print(ledger.server.port, flush=True)
         sys.stdin.read()
 
