@@ -767,7 +767,7 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
         if len(line) > max_request_line:
             raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
         parse_request_line(line.decode("latin-1"))
-    elif data[:1] != b"\r" and not TOKEN.match(data[:1].decode("latin-1")):
+    elif data[:1] not in (b"", b"\r") and not TOKEN.match(data[:1].decode("latin-1")):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
     if len(rest) > max_header_bytes:
         raise HeadTooLarge(f"header over {max_header_bytes} bytes (max_header_bytes)")
@@ -4649,7 +4649,7 @@ class Exchange:
     left: Optional[int]       # bytes to come of a body with a Content-Length
     iterator: Any             # what is pulled
     out: Any                  # bytes the socket has not taken yet
-    offset: int               # in a file that is sent
+    offset: int               # in a file: where what is sent begins
     queued: int               # bytes that the system held when it last took some
     sent: int                 # bytes of body, for the log
 
@@ -4659,7 +4659,7 @@ class Exchange:
         self.connection = connection
         self.environ = environ
         self.ending = KEEP        # or KEEP_OLD, or CLOSE
-        self.body: Any = None     # of the request: a CollectedBody or a StreamInput
+        self.body: Any = None     # a RequestBody
         self.lines: Any = None    # header lines of the answer, the first for the status line
         self.head_sent = False
         self.result: Any = None   # what the application returned, to be closed
@@ -4712,50 +4712,26 @@ class Exchange:
 new_exchange = Exchange.__new__
 
 
-class CollectedBody:
-    """The body of a request that is stored before the application is called."""
+class RequestBody(io.RawIOBase):
+    """The body of a request. The loop collects it in `file` before the application is called, or,
+    where the route asks for that, this is the raw wsgi.input, which waits for the network."""
 
-    __slots__ = ("decoder", "buf", "file", "received", "started")
-
-    def __init__(self, decoder: Decoder, buf: bytearray) -> None:
+    def __init__(self, worker: "Worker", c: Connection, decoder: Decoder, buf: bytearray,
+                 expects: bool) -> None:
+        self.worker = worker
+        self.connection = c
         self.decoder = decoder
         self.buf = buf           # read, and not decoded
-        self.file: Any = io.BytesIO()
-        self.received = 0        # bytes of it
+        self.expects = expects   # 100 Continue is due before the first wait
+        self.received = len(buf)
         self.started = monotonic()
-
-    def is_done(self) -> bool:
-        return True
+        self.file: Any = io.BytesIO()
+        self.piece = b""         # decoded, and not read
+        self.ended = False
 
     def close(self) -> None:
         self.file.close()
-
-
-class StreamInput(io.RawIOBase):
-    """wsgi.input of a request whose body is read as it arrives; it waits for the network."""
-
-    def __init__(self, exchange: Exchange, decoder: Decoder, buf: bytearray, expects: bool) -> None:
-        self.exchange = exchange
-        self.decoder = decoder
-        self.buf = buf
-        self.expects = expects   # 100 Continue is due at the first read
-        self.received = len(buf)
-        self.started = monotonic()
-        self.piece = b""
-        self.ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        self.decode()
-        while not self.piece and not self.ended:
-            self.receive()
-            self.decode()
-        taken = self.piece[:len(target)]
-        target[:len(taken)] = taken
-        self.piece = self.piece[len(taken):]
-        return len(taken)
+        super().close()
 
     def is_done(self) -> bool:
         """Is it read to its end? Does not wait."""
@@ -4772,29 +4748,53 @@ class StreamInput(io.RawIOBase):
         except StopIteration:
             self.ended = True
         except BadRequest:  # nobody knows where the next request begins
-            self.exchange.ending = CLOSE
+            self.connection.exchange.ending = CLOSE
             raise
 
+    def invite(self) -> None:
+        """Before a wait: the client may wait as well."""
+        if self.expects:
+            self.expects = False
+            try:
+                self.connection.sock.send(CONTINUE)
+            except OSError:  # gone, as will be seen
+                pass
+
+    def deadline(self) -> float:
+        """When more of it is due."""
+        timeout: float = self.worker.settings.body_timeout
+        return min(monotonic(), self.started + self.received / MIN_BODY_RATE) + timeout
+
+    def feed(self, data: bytes) -> None:
+        self.buf += data
+        self.received += len(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        self.decode()
+        while not self.piece and not self.ended:
+            self.receive()
+            self.decode()
+        taken = self.piece[:len(target)]
+        target[:len(taken)] = taken
+        self.piece = self.piece[len(taken):]
+        return len(taken)
+
     def receive(self) -> None:
-        c = self.exchange.connection
-        settings = self.exchange.worker.settings
-        c.sock.settimeout(settings.body_timeout)
+        sock = self.connection.sock
+        sock.settimeout(max(0.001, self.deadline() - monotonic()))
         try:
-            if self.expects:
-                self.expects = False
-                c.sock.sendall(CONTINUE)
-            data = c.sock.recv(RECV_BYTES)
+            self.invite()
+            data = sock.recv(RECV_BYTES)
         except socket.timeout:
-            raise RequestTimeout(f"body: nothing for {settings.body_timeout} s (body_timeout)") \
-                from None
+            raise self.worker.too_slow(BODY) from None
         finally:
-            c.sock.setblocking(False)
+            sock.setblocking(False)
         if not data:
             raise ClientGone("while its body was read")
-        self.received += len(data)
-        if self.received < MIN_BODY_RATE * (monotonic() - self.started - settings.body_timeout):
-            raise RequestTimeout(f"body: under {MIN_BODY_RATE} bytes/s (body_timeout)")
-        self.buf += data
+        self.feed(data)
 
 
 class Worker(Loop):
@@ -4867,9 +4867,9 @@ class Worker(Loop):
         """The poller has seen c, which is ours now. Events mean no more than: try."""
         if c.phase is WRITE:
             x, c.want = c.exchange, IN
-            if x.result is not None:
-                return self.send_file(x, me)
-            return self.send(x, x.out, monotonic(), me)
+            if x.out:
+                return self.send(x, x.out, monotonic(), me)
+            return self.send_file(x, me)
         try:
             data = c.sock.recv(RECV_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -4880,15 +4880,12 @@ class Worker(Loop):
             if c.exchange is not None:
                 self.release(c.exchange, me)
             return self.close(c)
-        if c.phase is IDLE:
-            c.buf = data
-            return self.advance(c, me)
-        if c.phase is HEAD:
+        if c.phase is IDLE or c.phase is HEAD:
             c.buf += data
             return self.advance(c, me)
         if c.phase is LINGER:
             return self.give(c)
-        c.exchange.body.buf += data
+        c.exchange.body.feed(data)
         self.collect(c.exchange, me)
 
     def advance(self, c: Connection, me: Hand) -> None:
@@ -4898,8 +4895,11 @@ class Worker(Loop):
             if not end or len(head) > self.safe_head:
                 check_incomplete_head(head, self.settings.max_request_line,
                                       self.settings.max_header_bytes)
-                if not end:
-                    return self.await_head(c)
+            if not end:
+                if c.phase is IDLE:
+                    c.phase = HEAD
+                    c.deadline = monotonic() + self.settings.header_timeout
+                return self.give(c)
             environ = parse_head(head.decode("latin-1"), c.template, self.max_headers)
         except BadRequest as error:
             return self.on_bad_head(c, error, me)
@@ -4920,16 +4920,7 @@ class Worker(Loop):
         if c.buf[:2] != b"\r\n" or c.buf[:8] == b"\r\n" * 4:
             return self.refuse(c, error, me)
         c.buf = c.buf[2:]
-        if c.buf:
-            self.advance(c, me)
-        else:
-            self.await_head(c)
-
-    def await_head(self, c: Connection) -> None:
-        if c.phase is IDLE:
-            c.phase = HEAD
-            c.deadline = monotonic() + self.settings.header_timeout
-        self.give(c)
+        self.advance(c, me)
 
     def begin_special(self, x: Exchange, me: Hand) -> None:
         """The head is in: does the connection end, is there a body, is it wanted, and who reads
@@ -4958,23 +4949,17 @@ class Worker(Loop):
             x.ending = CLOSE
             return self.call(x, me)
         if length > limit:
-            return self.refuse_body(x, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
+            return self.refuse(c, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
         if not length:
             return self.call(x, me)
         buf = bytearray(c.buf)
         decoder = iter_chunked(buf, limit) if length < 0 else iter_counted(buf, length)
         c.buf = b""
+        x.body = RequestBody(self, c, decoder, buf, expects and not buf)
         if plan.stream:
-            x.body = StreamInput(x, decoder, buf, expects)
             environ["wsgi.input"] = io.BufferedReader(x.body, RECV_BYTES)
             return self.enqueue(x) if me.holds else self.call(x, me)
-        x.body = CollectedBody(decoder, buf)
         c.phase = BODY
-        if expects and not buf:
-            try:
-                c.sock.send(CONTINUE)
-            except OSError:
-                pass
         self.collect(x, me)
 
     def collect(self, x: Exchange, me: Hand) -> None:
@@ -4983,31 +4968,16 @@ class Worker(Loop):
         try:
             for piece in body.decoder:
                 if not piece:
-                    break
-                body.received += len(piece)
-                if body.received <= self.settings.spool_threshold:
-                    body.file.write(piece)
-                else:  # a disk may block
-                    body.file = self.user(me, spool, body.file, piece,
-                                          self.settings.spool_threshold)
-            else:
-                body.file.seek(0)
-                x.environ["CONTENT_LENGTH"] = str(body.received)
-                x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
-                return self.call(x, me)
+                    body.invite()
+                    c.deadline = body.deadline()
+                    return self.give(c)
+                body.file = self.user(me, spool, body.file, piece,  # a disk may block
+                                      self.settings.spool_threshold)
         except BadRequest as error:
-            return self.refuse_body(x, error, me)
-        timeout = self.settings.body_timeout
-        c.deadline = min(monotonic(), body.started + body.received / MIN_BODY_RATE) + timeout
-        self.give(c)
-
-    def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
-        """Our application makes its own page of it, with its hooks; for others we do."""
-        if self.plan == self.learned_plan or not isinstance(error, ContentTooLarge):
-            return self.refuse(x.connection, error, me)
-        x.environ["minibottle.refused"] = error
-        x.environ["minibottle.route"] = None
-        x.ending = CLOSE
+            return self.refuse(c, error, me)
+        x.environ["CONTENT_LENGTH"] = str(body.file.tell())
+        x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
+        body.file.seek(0)
         self.call(x, me)
 
     # -- the call --
@@ -5154,7 +5124,8 @@ class Worker(Loop):
         self.send(x, data, monotonic(), me)
 
     def send(self, x: Exchange, data: Any, now: float, me: Hand) -> None:
-        """Send the last bytes of an answer; what the socket does not take, the loop sends."""
+        """Send the last bytes of an answer, or those before a file; what the socket does not take,
+        the loop sends."""
         c = x.connection
         try:
             n = c.sock.send(data)
@@ -5162,10 +5133,14 @@ class Worker(Loop):
             n = 0
         except OSError:
             return self.abort(x, me)
-        if n == len(data):
-            return self.finish(x, now, me)
-        x.out = memoryview(data)[n:]
-        self.await_write(x, now, n)
+        if n < len(data):
+            x.out = memoryview(data)[n:]
+            self.await_write(x, now, n)
+        elif x.result is None:
+            self.finish(x, now, me)
+        else:
+            x.out = b""
+            self.send_file(x, me)
 
     def await_write(self, x: Exchange, now: float, sent: int) -> None:
         c = x.connection
@@ -5255,8 +5230,7 @@ class Worker(Loop):
         elif size:
             x.length = size if announced is None else announced
             x.offset = result.file.tell()
-            x.out = self.make_head(x)
-            return self.send_file(x, me)
+            return self.send(x, self.make_head(x), monotonic(), me)
         self.pump(x, me)
 
     def pull(self, x: Exchange, me: Hand) -> Optional[bytes]:
@@ -5306,16 +5280,15 @@ class Worker(Loop):
             while view:
                 try:
                     view = view[sock.send(view):]
-                    queued = bytes_queued(sock) if view else 0
+                    x.queued = bytes_queued(sock) if view else 0
                 except (BlockingIOError, InterruptedError):
                     x.plan.blocked()
                     if me is not None:
                         self.leave(me)
-                    queued = bytes_queued(sock)
+                    x.queued = bytes_queued(sock)
                     sock.settimeout(self.settings.write_timeout)
                 except socket.timeout:
-                    before, queued = queued, bytes_queued(sock)
-                    if queued >= before:
+                    if self.is_stuck(x):
                         raise
         except OSError:
             return False
@@ -5323,6 +5296,11 @@ class Worker(Loop):
             if sock.gettimeout():
                 sock.setblocking(False)
         return True
+
+    def is_stuck(self, x: Exchange) -> bool:
+        """Has the peer read nothing of what the system holds for it since the last look?"""
+        before, x.queued = x.queued, bytes_queued(x.connection.sock)
+        return x.queued >= before
 
     def close_result(self, x: Exchange, me: Hand) -> None:
         """Call close() of what the application returned (PEP 3333), once."""
@@ -5335,29 +5313,23 @@ class Worker(Loop):
                 log.error("%s: close() failed", x.describe(), exc_info=error)
 
     def send_file(self, x: Exchange, me: Hand) -> None:
-        """Send of the head and the file what the socket takes, up to a turn's worth."""
-        c, budget = x.connection, TURN_BYTES
+        """Send of a file what the socket takes, up to a turn's worth."""
+        began = x.sent
         try:
-            if x.out:
-                n = c.sock.send(x.out)
-                x.out = memoryview(x.out)[n:]
-                budget -= n
-            while not x.out and x.left and budget > 0:
-                n = self.user(me, os.sendfile, c.fd, x.result.file.fileno(), x.offset,
-                              min(x.left, TURN_BYTES))
+            while x.left and x.sent < began + TURN_BYTES:
+                n = self.user(me, os.sendfile, x.connection.fd, x.result.file.fileno(),
+                              x.offset + x.sent, min(x.left, TURN_BYTES))
                 if not n:
                     log.error("%s: the file ended %s bytes short", x.describe(), x.left)
                     return self.abort(x, me)
-                x.offset += n
                 x.left -= n
                 x.sent += n
-                budget -= n
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
             return self.abort(x, me)
-        if x.out or x.left:
-            return self.await_write(x, monotonic(), TURN_BYTES - budget)
+        if x.left:
+            return self.await_write(x, monotonic(), x.sent - began)
         self.close_result(x, me)
         self.finish(x, monotonic(), me)
 
@@ -5380,7 +5352,7 @@ class Worker(Loop):
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
         """An answer of the server's own."""
-        if type(x.body) is StreamInput:
+        if x.body is not None and not x.body.is_done():
             x.ending = CLOSE
         x.lines = None
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
@@ -5388,7 +5360,8 @@ class Worker(Loop):
 
     def refuse(self, c: Connection, error: BaseException, me: Hand) -> None:
         """Answer once, close, and never look at the rest: after an error in the framing nobody
-        knows where the next request begins."""
+        knows where the next request begins. Our application makes its own page, with its hooks, of
+        a body that is too large."""
         x = c.exchange
         if x is None:
             method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
@@ -5396,21 +5369,19 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
+        if isinstance(error, ContentTooLarge) and self.plan != self.learned_plan:
+            x.environ.update({"minibottle.refused": error, "minibottle.route": None})
+            return self.call(x, me)
         self.on_error(x, error, me)
 
     def on_expired(self, c: Connection, me: Hand) -> None:
         """A deadline has passed; c is ours."""
-        settings, x = self.settings, c.exchange
-        late = {HEAD: f"header_timeout {settings.header_timeout} s",
-                BODY: f"body_timeout {settings.body_timeout} s"}.get(c.phase)
-        if late:
-            return self.refuse(c, RequestTimeout(f"the {c.phase} came too slowly ({late})"), me)
+        if c.phase is HEAD or c.phase is BODY:
+            return self.refuse(c, self.too_slow(c.phase), me)
         if c.phase is WRITE:
-            queued = bytes_queued(c.sock)
-            if queued >= x.queued:
-                return self.abort(x, me)
-            x.queued = queued  # the peer reads what the system holds
-            c.deadline = monotonic() + settings.write_timeout
+            if self.is_stuck(c.exchange):
+                return self.abort(c.exchange, me)
+            c.deadline = monotonic() + self.settings.write_timeout
             return self.give(c)
         if c.phase is IDLE:
             try:
@@ -5421,6 +5392,11 @@ class Worker(Loop):
             self.again.append(c)
         else:
             self.close(c)
+
+    def too_slow(self, phase: str) -> RequestTimeout:
+        name = "header_timeout" if phase is HEAD else "body_timeout"
+        return RequestTimeout(
+            f"the {phase} came too slowly ({name} {getattr(self.settings, name)} s)")
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
