@@ -4880,7 +4880,10 @@ class Worker(Loop):
             if c.exchange is not None:
                 self.release(c.exchange, me)
             return self.close(c)
-        if c.phase is IDLE or c.phase is HEAD:
+        if c.phase is IDLE:
+            c.buf = data
+            return self.advance(c, me)
+        if c.phase is HEAD:
             c.buf += data
             return self.advance(c, me)
         if c.phase is LINGER:
@@ -4895,11 +4898,8 @@ class Worker(Loop):
             if not end or len(head) > self.safe_head:
                 check_incomplete_head(head, self.settings.max_request_line,
                                       self.settings.max_header_bytes)
-            if not end:
-                if c.phase is IDLE:
-                    c.phase = HEAD
-                    c.deadline = monotonic() + self.settings.header_timeout
-                return self.give(c)
+                if not end:
+                    return self.await_head(c)
             environ = parse_head(head.decode("latin-1"), c.template, self.max_headers)
         except BadRequest as error:
             return self.on_bad_head(c, error, me)
@@ -4914,6 +4914,12 @@ class Worker(Loop):
             self.begin_special(x, me)
         else:
             self.call(x, me)
+
+    def await_head(self, c: Connection) -> None:
+        if c.phase is IDLE:
+            c.phase = HEAD
+            c.deadline = monotonic() + self.settings.header_timeout
+        self.give(c)
 
     def on_bad_head(self, c: Connection, error: BadRequest, me: Hand) -> None:
         """RFC 9112 2.2: empty lines before a request are ignored. A few."""
@@ -5648,7 +5654,6 @@ class Process:
         self.slot = slot
         self.link = link
         self.began = monotonic()
-        self.ready = False
         self.retiring = False  # it ends by itself, and another takes its place
         self.kill_at = 0.0     # it was told to end, for want of a heartbeat, before then
 
@@ -5662,7 +5667,7 @@ class Master:
         self.defaults = defaults  # what holds where neither run() nor a flag says otherwise
         self.flags = flags        # of the command line: they beat what run() is given
         self.reloads = reloads    # load() gets new code; else the application is here already
-        self.settings: Any = None  # known when the first worker has booted
+        self.settings = DEFAULTS  # and no sockets, until the first worker has booted
         self.sockets: List[socket.socket] = []
         self.board = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
         self.workers: Dict[int, Process] = {}
@@ -5686,7 +5691,9 @@ class Master:
                     self.fork()
                 self.wait()
                 for number in self.bell.drain():
-                    self.obey(number)
+                    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+                        at_once = self.stopping or number == signal.SIGQUIT
+                        self.stop(signal.SIGKILL if at_once else signal.SIGTERM)
                 self.reap()
                 self.watch()
         finally:
@@ -5696,24 +5703,12 @@ class Master:
             self.bell.close()
         return self.status
 
-    def obey(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            at_once = self.stopping or number == signal.SIGQUIT
-            self.stop(signal.SIGKILL if at_once else signal.SIGTERM)
-
     def stop(self, number: int) -> None:
-        grace = self.settings.grace if self.settings else 0.0
-        self.stopping = self.stopping or monotonic() + grace + 1.0
+        self.stopping = self.stopping or monotonic() + self.settings.grace + 1.0
         for sock in self.sockets:
             sock.close()
-        for process in self.workers.values():
-            self.kill(process, number)
-
-    def kill(self, process: Process, number: int) -> None:
-        try:
-            os.kill(process.pid, number)
-        except ProcessLookupError:
-            pass
+        for pid in self.workers:
+            os.kill(pid, number)
 
     # -- workers come and go --
 
@@ -5775,7 +5770,7 @@ class Master:
 
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
-        timeout = heartbeat_of(self.settings or DEFAULTS)
+        timeout = heartbeat_of(self.settings)
         if self.stopping or any(p.kill_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
@@ -5798,7 +5793,6 @@ class Master:
         if "retiring" in message:
             process.retiring = True
         elif "ready" in message:
-            process.ready = True
             if not self.served:
                 self.served = True
                 print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}",
@@ -5809,7 +5803,7 @@ class Master:
     def give_listeners(self, process: Process, settings: Settings) -> None:
         """What the first worker says holds: only now it is known where to listen."""
         try:
-            if self.settings is None:
+            if not self.sockets:
                 self.sockets = bind_all(settings.bind)
                 self.settings = settings
                 self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
@@ -5831,8 +5825,8 @@ class Master:
             process = self.workers.pop(ended, None)
             if process is not None:
                 process.link.close()
-                self.board[2 * process.slot] = self.board[2 * process.slot + 1] = 0.0
                 self.on_end(process, wait_status)
+                self.board[2 * process.slot] = self.board[2 * process.slot + 1] = 0.0
             elif pid == -1 and ended <= 0:
                 return
 
@@ -5851,7 +5845,8 @@ class Master:
                 or FAILED_STATUS
             return self.stop(signal.SIGKILL)
         lived = monotonic() - process.began
-        self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
+        served = bool(self.board[2 * process.slot])
+        self.failures = 0 if served and lived > 1.0 else self.failures + 1
         pause = min(2 ** min(self.failures, 10) // 2, MAX_BACKOFF_SECONDS)
         self.fork_at = monotonic() + pause
         log.error("worker %s %s after %.0f s; a new one starts %s", process.pid, cause, lived,
@@ -5865,12 +5860,12 @@ class Master:
             deadline = self.stopping or process.kill_at
             if deadline:
                 if now > deadline:
-                    self.kill(process, signal.SIGKILL)
-            elif process.ready and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
+                    os.kill(process.pid, signal.SIGKILL)
+            elif beat and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
                 log.error("worker %s gives no sign of life for %.0f s (worker_timeout): it is "
                           "ended, and its threads are below", process.pid, now - beat)
                 process.kill_at = now + 1.0
-                self.kill(process, signal.SIGABRT)
+                os.kill(process.pid, signal.SIGABRT)
 
 
 def boot(serve: Callable[[Callable, dict], None], load: Callable[[], Optional[Callable]],
@@ -5976,18 +5971,15 @@ def bind(address: str) -> socket.socket:
 
     Raises UsageError, StartError.
     """
-    name: Any = address[5:] if address.startswith("unix:") else None
-    if name is None:
-        name = parse_address(address)
-        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
-    else:
-        if not hasattr(socket, "AF_UNIX"):
-            raise UsageError(f"no unix sockets on this system: {address}")
-        family = socket.AF_UNIX
+    path = address[5:] if address.startswith("unix:") else ""
+    name: Any = path or parse_address(address)
+    if path and not hasattr(socket, "AF_UNIX"):
+        raise UsageError(f"no unix sockets on this system: {address}")
+    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in name[0] else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if type(name) is str:
-            bind_unix(sock, name)
+        if path:
+            bind_unix(sock, path)
         else:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
             option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
             sock.setsockopt(socket.SOL_SOCKET, option, 1)
