@@ -4104,7 +4104,8 @@ class Waker:
         self.reader.setblocking(False)
         self.writer.setblocking(False)
         self.fd = self.reader.fileno()
-        self.kept: Optional[int] = None  # whom signals woke before
+        self.kept: Optional[int] = None    # whom signals woke before
+        self.handlers: Dict[int, Any] = {}  # and what they called
 
     def wake(self) -> None:
         try:
@@ -4122,11 +4123,16 @@ class Waker:
         self.reader.settimeout(timeout)
         self.drain()
 
-    def on_signals(self) -> None:
-        """Let signals wake it from C: one may come just before a wait. Until it is closed."""
+    def on_signals(self, handlers: Dict[int, Any]) -> None:
+        """Let these signals call these functions, and wake it from C, since one may come just
+        before a wait. Until it is closed."""
         self.kept = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        for number, handler in handlers.items():
+            self.handlers[number] = signal.signal(number, handler)
 
     def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.kept is not None:
             signal.set_wakeup_fd(self.kept)
         self.reader.close()
@@ -4260,10 +4266,9 @@ class Loop:
         for sock, _ in self.listeners.values():
             sock.close()
         me = Hand()
-        for c in list(self.ready.values()):
-            if c.exchange is not None:
-                self.release(c.exchange, me)
         for c in list(self.connections.values()):
+            if c.exchange is not None and self.ready.get(c.fd) is c:
+                self.release(c.exchange, me)
             self.close(c)
         self.on_turn(me)
         self.poller.close()
@@ -5603,22 +5608,14 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
         else:
             worker.drain()
 
-    numbers: tuple = ()
     if threading.current_thread() is threading.main_thread():
-        numbers = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
-        worker.bell.on_signals()
-    kept = handle(dict.fromkeys(numbers, on_signal))
+        worker.bell.on_signals(dict.fromkeys((
+            signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT)), on_signal))
     print_started(sockets, "one process", settings)
     try:
         worker.monitor()
     finally:
         unlink_sockets()
-        handle(kept)
-
-
-def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
-    """Let these functions handle these signals; returns those that did before."""
-    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
 def tell(link: socket.socket, message: dict) -> None:
@@ -5683,8 +5680,7 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        self.bell.on_signals()
-        kept = handle(dict.fromkeys(self.handled, lambda number, frame: None))
+        self.bell.on_signals(dict.fromkeys(self.handled, do_nothing))
         try:
             while self.workers or not self.stopping:
                 while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
@@ -5698,7 +5694,6 @@ class Master:
                 self.watch()
         finally:
             self.stop(signal.SIGKILL)
-            handle(kept)
             unlink_sockets()
             self.bell.close()
         return self.status
@@ -5733,10 +5728,11 @@ class Master:
         """In the new process: become a worker, and end here whatever happens."""
         status = FAILED_STATUS
         try:
-            handle({**dict.fromkeys(self.handled, signal.SIG_DFL),
-                    signal.SIGINT: lambda number, frame: None})  # the master's to obey
             self.bell.close()
             signal.set_wakeup_fd(-1)
+            for number in self.handled:
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, do_nothing)  # the master's to obey
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
             for process in self.workers.values():
                 process.link.close()
@@ -5761,9 +5757,8 @@ class Master:
         settings = Settings(**{**self.defaults, **options, **self.flags})
         tell(link, {"settings": vars(settings)})
         worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
-        handle({signal.SIGTERM: lambda number, frame: worker.drain(),
-                signal.SIGQUIT: lambda number, frame: worker.stop()})
-        worker.bell.on_signals()
+        worker.bell.on_signals({signal.SIGTERM: lambda number, frame: worker.drain(),
+                                signal.SIGQUIT: lambda number, frame: worker.stop()})
         worker.on_heartbeat(monotonic())
         tell(link, {"ready": os.getpid()})
         worker.monitor()
