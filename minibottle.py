@@ -4707,7 +4707,7 @@ class Exchange:
         """PEP 3333's write(), which start_response returns: sent before it returns."""
         if not isinstance(data, bytes):
             raise TypeError(f"write() takes bytes, not {type(data).__name__}")
-        if not self.worker.transmit(self, self.worker.frame(self, data), None):
+        if not self.worker.transmit(self, self.worker.frame(self, data), self.worker.nobody):
             raise ClientGone("while the answer was sent")
 
     def describe(self) -> str:
@@ -4862,8 +4862,7 @@ class Worker(Loop):
         plan = self.segments.get(segment)
         if plan is None:
             plan = Plan()
-            if len(self.segments) < MAX_SEGMENTS:
-                self.segments[segment] = plan
+            remember(self.segments, segment, plan, MAX_SEGMENTS)
         return plan
 
     # -- reading --
@@ -5144,14 +5143,10 @@ class Worker(Loop):
             n = 0
         except OSError:
             return self.abort(x, me)
-        if n < len(data):
-            x.out = memoryview(data)[n:]
-            self.await_write(x, now, n)
-        elif x.result is None:
-            self.finish(x, now, me)
-        else:
-            x.out = b""
-            self.send_file(x, me)
+        if n == len(data):
+            return self.finish(x, now, me) if x.result is None else self.send_file(x, me)
+        x.out = memoryview(data)[n:]
+        self.await_write(x, now, n)
 
     def await_write(self, x: Exchange, now: float, sent: int) -> None:
         c = x.connection
@@ -5283,19 +5278,17 @@ class Worker(Loop):
         except OSError as error:
             return not isinstance(error, BlockingIOError)
 
-    def transmit(self, x: Exchange, data: bytes, me: Optional[Hand]) -> bool:
-        """Send all of it; where the socket takes no more, leave the loop (or it is left: None) and
-        wait. False: the client is gone, or there was no progress in write_timeout."""
+    def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
+        """Send all of it; where the socket takes no more, leave the loop and wait. False: the
+        client is gone, or there was no progress in write_timeout."""
         sock, view = x.connection.sock, memoryview(data)
         try:
             while view:
                 try:
                     view = view[sock.send(view):]
-                    x.queued = bytes_queued(sock) if view else 0
                 except (BlockingIOError, InterruptedError):
                     x.plan.blocked()
-                    if me is not None:
-                        self.leave(me)
+                    self.leave(me)
                     x.queued = bytes_queued(sock)
                     sock.settimeout(self.settings.write_timeout)
                 except socket.timeout:
@@ -5325,7 +5318,7 @@ class Worker(Loop):
 
     def send_file(self, x: Exchange, me: Hand) -> None:
         """Send of a file what the socket takes, up to a turn's worth."""
-        began = x.sent
+        x.out, began = b"", x.sent
         try:
             while x.left and x.sent < began + TURN_BYTES:
                 n = self.user(me, os.sendfile, x.connection.fd, x.result.file.fileno(),

@@ -4999,7 +4999,8 @@ def stats():
     return dict(
         doubled=sum(n > 1 for n in ledger.calls.values()), calls=len(ledger.calls),
         opened=ledger.opened, closed=ledger.closed, broken=ledger.broken[:5],
-        connections=len(worker.connections), waiting=len(worker.waiting), count=worker.poller.count)
+        connections=len(worker.connections), waiting=len(worker.waiting),
+        count=dict(worker.poller.count))
 
 
 class CountingPoller:
@@ -6386,7 +6387,13 @@ class WsgiTest(WireTest):
         def never(environ, start_response):
             return [b"x"]
         log = self.listen_to_log()
-        for app in (twice, never, reply(["text"]), reply(None), reply(iter(["text"]))):
+        def text(environ, start_response):
+            start_response("200 OK", [TEXT])("text")
+
+        def two_lengths(environ, start_response):
+            start_response("200 OK", [TEXT, ("Content-Length", "1"), ("content-length", "2")])
+        for app in (twice, never, text, two_lengths, reply(["text"]), reply(None),
+                    reply(iter(["text"]))):
             with self.subTest(app=app):
                 self.assertEqual(self.fetch(self.serve(app), get()).status, 500)
                 self.assertTrue(log.next())
@@ -6519,6 +6526,24 @@ class StreamTest(WireTest):
                 with self.subTest(pieces=pieces.__name__, leave=leave.__name__):
                     self.assertTrue(body.ended.wait(5 * SLOW))
                     self.assertEqual(body.closed, 1)
+
+    def test_an_event_stream_ends_when_its_reader_closes_its_side_and_others_do_not(self):
+        def count():
+            for i in range(20):
+                yield b"data: %d\n\n" % i
+                time.sleep(0.02)
+
+        def app(environ, start_response):
+            start_response("200 OK", [("Content-Type", environ["PATH_INFO"][1:])])
+            return count()
+        server = self.serve(app)
+        for kind in ("text/event-stream", "text/plain"):
+            wire = self.connect(server).send(get("/" + kind))
+            wire.sock.shutdown(socket.SHUT_WR)
+            data = b""
+            with contextlib.suppress(ConnectionResetError):
+                data = read_all(wire.sock)
+            self.assertEqual(b"data: 19" in data, kind == "text/plain")
 
     def test_a_stalled_reader_of_an_endless_stream_costs_no_memory(self):
         made = []
