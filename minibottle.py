@@ -4655,7 +4655,7 @@ class Exchange:
     iterator: Any             # what is pulled
     out: Any                  # bytes the socket has not taken yet
     offset: int               # in a file: where what is sent begins
-    queued: int               # bytes that the system held when it last took some
+    queued: int               # bytes that the system held for the peer at the last look
     sent: int                 # bytes of body, for the log
 
     def begin(self, worker: "Worker", connection: Connection, environ: Dict[str, Any]) -> None:
@@ -4919,18 +4919,18 @@ class Worker(Loop):
         else:
             self.call(x, me)
 
-    def await_head(self, c: Connection) -> None:
-        if c.phase is IDLE:
-            c.phase = HEAD
-            c.deadline = monotonic() + self.settings.header_timeout
-        self.give(c)
-
     def on_bad_head(self, c: Connection, error: BadRequest, me: Hand) -> None:
         """RFC 9112 2.2: empty lines before a request are ignored. A few."""
         if c.buf[:2] != b"\r\n" or c.buf[:8] == b"\r\n" * 4:
             return self.refuse(c, error, me)
         c.buf = c.buf[2:]
         self.advance(c, me)
+
+    def await_head(self, c: Connection) -> None:
+        if c.phase is IDLE:
+            c.phase = HEAD
+            c.deadline = monotonic() + self.settings.header_timeout
+        self.give(c)
 
     def begin_special(self, x: Exchange, me: Hand) -> None:
         """The head is in: does the connection end, is there a body, is it wanted, and who reads

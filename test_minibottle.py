@@ -6398,6 +6398,16 @@ class WsgiTest(WireTest):
                 self.assertEqual(self.fetch(self.serve(app), get()).status, 500)
                 self.assertTrue(log.next())
 
+    def test_without_a_stderr_wsgi_errors_goes_to_the_log(self):
+        def app(environ, start_response):
+            environ["wsgi.errors"].write("it broke\n")
+            return hello(environ, start_response)
+        log = self.listen_to_log()
+        with mock.patch.object(sys, "stderr", None):
+            server = self.serve(app)
+        self.assertEqual(self.fetch(server, get()).status, 200)
+        self.assertIn("it broke", log.next())
+
     def test_close_is_called_exactly_once(self):
         for pieces, method in (([b"x"], "GET"), ([b"x"], "HEAD"), (break_off(), "GET"),
                                ([b"x" * 100000] * 50, "GET"), ([], "GET")):
@@ -6507,6 +6517,12 @@ class StreamTest(WireTest):
                 wire.exactly(1000)
                 leave(wire)
         self.wait_for(lambda: len(self.files) == 4 and all(file.closed for file in self.files))
+
+    def test_a_file_is_closed_when_the_server_ends_before_it_is_sent(self):
+        server = self.serve(self.send_file, grace=0)
+        self.connect(server, receive_bytes=4096).send(get()).exactly(1000)
+        server.stop()
+        self.assertTrue(self.files[0].closed)
 
     def test_an_iterator_is_closed_when_its_client_goes_away(self):
         def endless():
@@ -7072,11 +7088,12 @@ class InThreadTest(unittest.TestCase):
         @app.post("/stream", stream=True)
         def stream(request):
             with contextlib.suppress(BadRequest):
-                request.environ["wsgi.input"].read()
+                request.query.unread or request.environ["wsgi.input"].read()
             return "hidden"
-        with connect(self.serve(app).url) as sock:
-            sock.sendall(chunked(b"x\r\n" + get(), path="/stream"))
-            self.assertRegex(read_all(sock), rb"(?s)^HTTP/1.1 200 .*hidden\Z")
+        for path in ("/stream", "/stream?unread=1"):
+            with connect(self.serve(app).url) as sock:
+                sock.sendall(chunked(b"x\r\n" + get(), path=path))
+                self.assertRegex(read_all(sock), rb"(?s)^HTTP/1.1 200 .*hidden\Z")
 
     def test_a_body_may_be_refused_before_it_has_come(self):
         app = self.make_app()
