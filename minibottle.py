@@ -5657,7 +5657,7 @@ class Master:
         self.defaults = defaults  # what holds where neither run() nor a flag says otherwise
         self.flags = flags        # of the command line: they beat what run() is given
         self.reloads = reloads    # load() gets new code; else the application is here already
-        self.settings = DEFAULTS  # and no sockets, until the first worker has booted
+        self.settings = Settings(grace=0)  # and no sockets, until the first worker has booted
         self.sockets: List[socket.socket] = []
         self.board = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
         self.workers: Dict[int, Process] = {}

@@ -6956,6 +6956,12 @@ class InThreadTest(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 0.5 + SLOW)
         server.stop()                            # again is no harm
 
+    def test_where_no_thread_can_be_started_it_does_not_start(self):
+        worker = Server(self.make_app(), port=0).worker
+        self.addCleanup(worker.shut_down)
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no more")):
+            self.assertRaises(RuntimeError, worker.monitor)
+
     def test_fast_requests_are_not_delayed_by_blocked_ones(self):
         server = self.serve(self.make_app())
         clients, waits = [self.block(server) for _ in range(8)], []
