@@ -798,7 +798,7 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
         if len(line) > max_request_line:
             raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
         parse_request_line(line.decode("latin-1"))
-    elif data[:1] != b"\r" and not TOKEN.match(data[:1].decode("latin-1")):
+    elif data[:1] not in (b"", b"\r") and not TOKEN.match(data[:1].decode("latin-1")):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
     if len(rest) > max_header_bytes:
         raise HeadTooLarge(f"header over {max_header_bytes} bytes (max_header_bytes)")
@@ -4152,7 +4152,8 @@ class Waker:
         self.reader.setblocking(False)
         self.writer.setblocking(False)
         self.fd = self.reader.fileno()
-        self.kept: Optional[int] = None  # whom signals woke before
+        self.kept: Optional[int] = None    # whom signals woke before
+        self.handlers: Dict[int, Any] = {}  # and what they called
 
     def wake(self) -> None:
         try:
@@ -4170,11 +4171,16 @@ class Waker:
         self.reader.settimeout(timeout)
         self.drain()
 
-    def on_signals(self) -> None:
-        """Let signals wake it from C: one may come just before a wait. Until it is closed."""
+    def on_signals(self, handlers: Dict[int, Any]) -> None:
+        """Let these signals call these functions, and wake it from C, since one may come just
+        before a wait. Until it is closed."""
         self.kept = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        for number, handler in handlers.items():
+            self.handlers[number] = signal.signal(number, handler)
 
     def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.kept is not None:
             signal.set_wakeup_fd(self.kept)
         self.reader.close()
@@ -4191,20 +4197,10 @@ class Hand:
         self.wake = _thread.allocate_lock()
         self.wake.acquire()
         self.holds = False            # it has the loop; only the thread itself clears it
-        self.since = 0.0              # off the loop: when its call began; 0.0: it runs none
+        self.since = 0.0              # when its call began; 0.0: it runs none
         self.hung = 0.0               # the same, of the call that was reported
         self.exchange: Optional["Exchange"] = None  # what it calls for
         self.thread: Any = None
-
-
-class Listener:
-    """A bound socket, and the part of the environ that is the same for all its requests."""
-
-    __slots__ = ("sock", "template")
-
-    def __init__(self, sock: socket.socket, template: Template) -> None:
-        self.sock = sock
-        self.template = template
 
 
 IDLE, HEAD, BODY, WRITE, LINGER = "idle", "head", "body", "write", "linger"
@@ -4213,11 +4209,10 @@ IDLE, HEAD, BODY, WRITE, LINGER = "idle", "head", "body", "write", "linger"
 class Connection:
     """What an idle connection costs."""
 
-    __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase", "since",
+    __slots__ = ("sock", "fd", "addr", "port", "template", "buf", "want", "mask", "phase",
                  "deadline", "exchange")
 
-    def __init__(self, sock: socket.socket, peer: Any, template: Template, now: float,
-                 deadline: float) -> None:
+    def __init__(self, sock: socket.socket, peer: Any, template: Template, deadline: float) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.addr = peer[0] if isinstance(peer, tuple) else ""  # "" of a Unix socket
@@ -4227,7 +4222,6 @@ class Connection:
         self.want = IN            # what it waits for: IN or OUT
         self.mask = IN            # what the poller watches it for: want, or OFF
         self.phase = IDLE
-        self.since = now          # idle since
         self.deadline = deadline  # monotonic seconds
         self.exchange: Any = None  # an Exchange that is begun, and not ended
 
@@ -4263,11 +4257,12 @@ class Loop:
         self.nobody.table.append(0.0)
         self.holder = self.nobody
         self.asleep: List[int] = []    # not empty: the monitor sleeps
-        self.listeners: Dict[int, Listener] = {}
+        self.listeners: Dict[int, Tuple[socket.socket, Template]] = {}
         self.paused = False            # the listeners are left
         self.resume_at = 0.0           # until then
         self.draining = 0.0            # until then what is begun may end; 0.0: not draining
-        self.drain_idle_seconds = DRAIN_IDLE_SECONDS
+        self.keepalive_timeout = settings.keepalive_timeout
+        self.drain_idle_seconds = DRAIN_IDLE_SECONDS  # what it is then
         self.over = False
         self.sweep_at = 0.0
         # No new deadline is sooner than that: so long the loop may sleep.
@@ -4275,12 +4270,11 @@ class Loop:
                            settings.keepalive_timeout, settings.write_timeout, LINGER_SECONDS)
         self.heartbeat = heartbeat_of(settings)
         self.beat_at = 0.0
-        self.count = {"polls": 0, "disarms": 0}
 
     def on_heartbeat(self, now: float) -> None:
         """Every few seconds, on the monitor: find the calls that last too long."""
         for hand in list(self.hands):
-            since = (hand.table[-1:] or [hand.since])[0]
+            since = hand.since
             if since and now - since > self.settings.worker_timeout and since != hand.hung:
                 hand.hung = since
                 self.on_hung(hand, now - since)
@@ -4317,13 +4311,12 @@ class Loop:
         deadline = monotonic() + SHUT_DOWN_SECONDS
         for thread in [hand.thread for hand in self.hands]:
             thread.join(max(0.0, deadline - monotonic()))
-        for listener in self.listeners.values():
-            listener.sock.close()
+        for sock, _ in self.listeners.values():
+            sock.close()
         me = Hand()
-        for c in list(self.ready.values()):
-            if c.exchange is not None:
-                self.release(c.exchange, me)
         for c in list(self.connections.values()):
+            if c.exchange is not None and self.ready.get(c.fd) is c:
+                self.release(c.exchange, me)
             self.close(c)
         self.on_turn(me)
         self.poller.close()
@@ -4356,12 +4349,9 @@ class Loop:
             hand = self.spares.pop() if self.spares else self.start_thread()
             if hand is None:
                 return False
-            holder = self.holder
             try:
-                holder.since = holder.table[-1]
-                holder.table.pop()
+                self.holder.table.pop()
             except IndexError:  # the call has just ended
-                holder.since = 0.0
                 self.spares.append(hand)
                 return True
             hand.holds = True
@@ -4415,7 +4405,6 @@ class Loop:
                     continue
                 if self.waiting or self.over:  # who queues looks for spares here, afterwards
                     continue
-                me.since = 0.0
                 self.spares.append(me)
             if not me.wake.acquire(timeout=SPARE_SECONDS):
                 with self.lock:
@@ -4453,12 +4442,11 @@ class Loop:
 
     def user(self, me: Hand, function: Callable, *args: object) -> Any:
         """Call what may block, with the ticket on the table; me.holds tells if it is still ours."""
+        me.since = monotonic()
         if me.holds:
-            me.table.append(monotonic())
+            me.table.append(me.since)
             if self.asleep:
                 self.rouse()
-        else:
-            me.since = monotonic()
         try:
             return function(*args)
         finally:
@@ -4466,7 +4454,7 @@ class Loop:
                 me.table.pop()
             except IndexError:  # the monitor took it, if there was one: another thread has the loop
                 me.holds = False
-                me.since = 0.0
+            me.since = 0.0
 
     # -- the loop --
 
@@ -4482,7 +4470,6 @@ class Loop:
     def turn(self, me: Hand) -> None:
         """One poll, and what is due. Returns early when another thread has the loop."""
         ready, again = self.ready, self.again
-        self.count["polls"] += 1
         for fd, _ in self.poller.poll(0 if again else self.poll_timeout(), 256):
             c = ready.pop(fd, None)
             if c is None:
@@ -4524,7 +4511,7 @@ class Loop:
         if fd in self.watched:
             self.watched[fd]()
         elif fd in self.listeners:
-            self.accept(self.listeners[fd])
+            self.accept(*self.listeners[fd])
         else:
             self.disarm(fd)
 
@@ -4538,7 +4525,6 @@ class Loop:
                 return
             c.mask = OFF
             self.poller.modify(fd, OFF)
-            self.count["disarms"] += 1
             if self.ready.get(fd) is c:  # given back just now by one who saw the old mask
                 c.mask = c.want
                 self.poller.modify(fd, c.want)
@@ -4575,14 +4561,14 @@ class Loop:
 
     # -- listeners --
 
-    def accept(self, listener: Listener) -> bool:
+    def accept(self, listener: socket.socket, template: Template) -> bool:
         """Accept a few connections; False when there are no more."""
         for _ in range(ACCEPT_BATCH):
             if self.is_full():
                 self.pause(MONITOR_SECONDS)
                 return False
             try:
-                sock, peer = listener.sock.accept()
+                sock, peer = listener.accept()
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
@@ -4593,7 +4579,7 @@ class Loop:
                 continue  # this one was gone already
             sock.setblocking(False)
             now = monotonic()
-            c = Connection(sock, peer, listener.template, now, now + self.settings.header_timeout)
+            c = Connection(sock, peer, template, now + self.settings.header_timeout)
             if not self.connections:
                 self.sweep_at = now + self.soonest
             self.connections[c.fd] = c
@@ -4625,37 +4611,33 @@ class Loop:
                 self.take_job(me)
         except IndexError:  # there are no more
             pass
-        if self.draining:
-            self.drain_idle(me, now)
+        if not me.holds:
+            return
+        if self.draining and self.listeners:
+            self.close_listeners(now)
         if now >= self.sweep_at:
             self.expire(me, now)
+        if self.draining and not self.connections:
+            self.stop()
 
-    def drain_idle(self, me: Hand, now: float) -> None:
-        """Close the listeners, when their backlog is empty, and what has been idle for a while; a
-        close at once would cross a request on the wire."""
-        for fd, listener in list(self.listeners.items()):
-            while self.accept(listener):
+    def close_listeners(self, now: float) -> None:
+        """When their backlog is empty. What is idle ends a while later: a close at once would cross
+        a request on the wire."""
+        for fd, (sock, template) in list(self.listeners.items()):
+            while self.accept(sock, template):
                 pass
             try:
                 self.poller.unregister(fd)  # explicitly: other processes keep it open
             except OSError:  # it was paused
                 pass
             del self.listeners[fd]
-            listener.sock.close()
+            sock.close()
+        self.keepalive_timeout = self.drain_idle_seconds
         for c in list(self.ready.values()):
-            since = max(c.since, self.draining - self.settings.grace)
-            if c.phase is IDLE and since + self.drain_idle_seconds < now \
-                    and self.ready.pop(c.fd, None) is c:
-                try:
-                    c.buf = c.sock.recv(65536)  # a request that is here already is answered
-                except OSError:
-                    pass
-                if c.buf:
-                    self.again.append(c)
-                else:
-                    self.close(c)
-        if not self.connections:
-            self.stop()
+            if c.phase is IDLE:
+                c.deadline = min(c.deadline, now + self.keepalive_timeout)
+        self.soonest = min(self.soonest, self.keepalive_timeout)
+        self.sweep_at = now
 
     def expire(self, me: Hand, now: float) -> None:
         soonest = now + self.soonest
@@ -4721,8 +4703,8 @@ class Exchange:
     left: Optional[int]       # bytes to come of a body with a Content-Length
     iterator: Any             # what is pulled
     out: Any                  # bytes the socket has not taken yet
-    offset: int               # in a file that is sent
-    queued: int               # bytes that the system held when it last took some
+    offset: int               # in a file: where what is sent begins
+    queued: int               # bytes that the system held for the peer at the last look
     sent: int                 # bytes of body, for the log
 
     def begin(self, worker: "Worker", connection: Connection, environ: Dict[str, Any]) -> None:
@@ -4731,7 +4713,7 @@ class Exchange:
         self.connection = connection
         self.environ = environ
         self.ending = KEEP        # or KEEP_OLD, or CLOSE
-        self.body: Any = None     # of the request: a CollectedBody or a StreamInput
+        self.body: Any = None     # a RequestBody
         self.lines: Any = None    # header lines of the answer, the first for the status line
         self.head_sent = False
         self.result: Any = None   # what the application returned, to be closed
@@ -4774,7 +4756,7 @@ class Exchange:
         """PEP 3333's write(), which start_response returns: sent before it returns."""
         if not isinstance(data, bytes):
             raise TypeError(f"write() takes bytes, not {type(data).__name__}")
-        if not self.worker.transmit(self, self.worker.frame(self, data), None):
+        if not self.worker.transmit(self, self.worker.frame(self, data), self.worker.nobody):
             raise ClientGone("while the answer was sent")
 
     def describe(self) -> str:
@@ -4784,50 +4766,26 @@ class Exchange:
 new_exchange = Exchange.__new__
 
 
-class CollectedBody:
-    """The body of a request that is stored before the application is called."""
+class RequestBody(io.RawIOBase):
+    """The body of a request. The loop collects it in `file` before the application is called, or,
+    where the route asks for that, this is the raw wsgi.input, which waits for the network."""
 
-    __slots__ = ("decoder", "buf", "file", "received", "started")
-
-    def __init__(self, decoder: Decoder, buf: bytearray) -> None:
+    def __init__(self, worker: "Worker", c: Connection, decoder: Decoder, buf: bytearray,
+                 expects: bool) -> None:
+        self.worker = worker
+        self.connection = c
         self.decoder = decoder
         self.buf = buf           # read, and not decoded
-        self.file: Any = io.BytesIO()
-        self.received = 0        # bytes of it
+        self.expects = expects   # 100 Continue is due before the first wait
+        self.received = len(buf)
         self.started = monotonic()
-
-    def is_done(self) -> bool:
-        return True
+        self.file: Any = io.BytesIO()
+        self.piece = b""         # decoded, and not read
+        self.ended = False
 
     def close(self) -> None:
         self.file.close()
-
-
-class StreamInput(io.RawIOBase):
-    """wsgi.input of a request whose body is read as it arrives; it waits for the network."""
-
-    def __init__(self, exchange: Exchange, decoder: Decoder, buf: bytearray, expects: bool) -> None:
-        self.exchange = exchange
-        self.decoder = decoder
-        self.buf = buf
-        self.expects = expects   # 100 Continue is due at the first read
-        self.received = len(buf)
-        self.started = monotonic()
-        self.piece = b""
-        self.ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        self.decode()
-        while not self.piece and not self.ended:
-            self.receive()
-            self.decode()
-        taken = self.piece[:len(target)]
-        target[:len(taken)] = taken
-        self.piece = self.piece[len(taken):]
-        return len(taken)
+        super().close()
 
     def is_done(self) -> bool:
         """Is it read to its end? Does not wait."""
@@ -4844,29 +4802,53 @@ class StreamInput(io.RawIOBase):
         except StopIteration:
             self.ended = True
         except BadRequest:  # nobody knows where the next request begins
-            self.exchange.ending = CLOSE
+            self.connection.exchange.ending = CLOSE
             raise
 
+    def invite(self) -> None:
+        """Before a wait: the client may wait as well."""
+        if self.expects:
+            self.expects = False
+            try:
+                self.connection.sock.send(CONTINUE)
+            except OSError:  # gone, as will be seen
+                pass
+
+    def deadline(self) -> float:
+        """When more of it is due."""
+        timeout: float = self.worker.settings.body_timeout
+        return min(monotonic(), self.started + self.received / MIN_BODY_RATE) + timeout
+
+    def feed(self, data: bytes) -> None:
+        self.buf += data
+        self.received += len(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        self.decode()
+        while not self.piece and not self.ended:
+            self.receive()
+            self.decode()
+        taken = self.piece[:len(target)]
+        target[:len(taken)] = taken
+        self.piece = self.piece[len(taken):]
+        return len(taken)
+
     def receive(self) -> None:
-        c = self.exchange.connection
-        settings = self.exchange.worker.settings
-        c.sock.settimeout(settings.body_timeout)
+        sock = self.connection.sock
+        sock.settimeout(max(0.001, self.deadline() - monotonic()))
         try:
-            if self.expects:
-                self.expects = False
-                c.sock.sendall(CONTINUE)
-            data = c.sock.recv(RECV_BYTES)
+            self.invite()
+            data = sock.recv(RECV_BYTES)
         except socket.timeout:
-            raise RequestTimeout(f"body: nothing for {settings.body_timeout} s (body_timeout)") \
-                from None
+            raise self.worker.too_slow(BODY) from None
         finally:
-            c.sock.setblocking(False)
+            sock.setblocking(False)
         if not data:
             raise ClientGone("while its body was read")
-        self.received += len(data)
-        if self.received < MIN_BODY_RATE * (monotonic() - self.started - settings.body_timeout):
-            raise RequestTimeout(f"body: under {MIN_BODY_RATE} bytes/s (body_timeout)")
-        self.buf += data
+        self.feed(data)
 
 
 class Worker(Loop):
@@ -4887,7 +4869,6 @@ class Worker(Loop):
         self.logs = settings.access_log
         self.safe_head = min(settings.max_request_line, settings.max_header_bytes)
         self.max_headers = settings.max_headers
-        self.keepalive_timeout = settings.keepalive_timeout
         self.gzip_min = settings.gzip_min if settings.gzip else sys.maxsize
         if not settings.max_connections:
             settings.max_connections = free_descriptors()
@@ -4900,7 +4881,7 @@ class Worker(Loop):
                         settings.max_body)
         for sock in sockets:
             sock.setblocking(False)
-            self.listeners[sock.fileno()] = Listener(sock, self.template(sock))
+            self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
 
     def template(self, sock: socket.socket) -> Template:
@@ -4930,8 +4911,7 @@ class Worker(Loop):
         plan = self.segments.get(segment)
         if plan is None:
             plan = Plan()
-            if len(self.segments) < MAX_SEGMENTS:
-                self.segments[segment] = plan
+            remember(self.segments, segment, plan, MAX_SEGMENTS)
         return plan
 
     # -- reading --
@@ -4940,9 +4920,9 @@ class Worker(Loop):
         """The poller has seen c, which is ours now. Events mean no more than: try."""
         if c.phase is WRITE:
             x, c.want = c.exchange, IN
-            if x.result is not None:
-                return self.send_file(x, me)
-            return self.send(x, x.out, monotonic(), me)
+            if x.out:
+                return self.send(x, x.out, monotonic(), me)
+            return self.send_file(x, me)
         try:
             data = c.sock.recv(RECV_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -4961,7 +4941,7 @@ class Worker(Loop):
             return self.advance(c, me)
         if c.phase is LINGER:
             return self.give(c)
-        c.exchange.body.buf += data
+        c.exchange.body.feed(data)
         self.collect(c.exchange, me)
 
     def advance(self, c: Connection, me: Hand) -> None:
@@ -4993,10 +4973,7 @@ class Worker(Loop):
         if c.buf[:2] != b"\r\n" or c.buf[:8] == b"\r\n" * 4:
             return self.refuse(c, error, me)
         c.buf = c.buf[2:]
-        if c.buf:
-            self.advance(c, me)
-        else:
-            self.await_head(c)
+        self.advance(c, me)
 
     def await_head(self, c: Connection) -> None:
         if c.phase is IDLE:
@@ -5031,23 +5008,17 @@ class Worker(Loop):
             x.ending = CLOSE
             return self.call(x, me)
         if length > limit:
-            return self.refuse_body(x, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
+            return self.refuse(c, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
         if not length:
             return self.call(x, me)
         buf = bytearray(c.buf)
         decoder = iter_chunked(buf, limit) if length < 0 else iter_counted(buf, length)
         c.buf = b""
+        x.body = RequestBody(self, c, decoder, buf, expects and not buf)
         if plan.stream:
-            x.body = StreamInput(x, decoder, buf, expects)
             environ["wsgi.input"] = io.BufferedReader(x.body, RECV_BYTES)
             return self.enqueue(x) if me.holds else self.call(x, me)
-        x.body = CollectedBody(decoder, buf)
         c.phase = BODY
-        if expects and not buf:
-            try:
-                c.sock.send(CONTINUE)
-            except OSError:
-                pass
         self.collect(x, me)
 
     def collect(self, x: Exchange, me: Hand) -> None:
@@ -5056,31 +5027,16 @@ class Worker(Loop):
         try:
             for piece in body.decoder:
                 if not piece:
-                    break
-                body.received += len(piece)
-                if body.received <= self.settings.spool_threshold:
-                    body.file.write(piece)
-                else:  # a disk may block
-                    body.file = self.user(me, spool, body.file, piece,
-                                          self.settings.spool_threshold)
-            else:
-                body.file.seek(0)
-                x.environ["CONTENT_LENGTH"] = str(body.received)
-                x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
-                return self.call(x, me)
+                    body.invite()
+                    c.deadline = body.deadline()
+                    return self.give(c)
+                body.file = self.user(me, spool, body.file, piece,  # a disk may block
+                                      self.settings.spool_threshold)
         except BadRequest as error:
-            return self.refuse_body(x, error, me)
-        timeout = self.settings.body_timeout
-        c.deadline = min(monotonic(), body.started + body.received / MIN_BODY_RATE) + timeout
-        self.give(c)
-
-    def refuse_body(self, x: Exchange, error: BadRequest, me: Hand) -> None:
-        """Our application makes its own page of it, with its hooks; for others we do."""
-        if self.plan == self.learned_plan or not isinstance(error, ContentTooLarge):
-            return self.refuse(x.connection, error, me)
-        x.environ["minibottle.refused"] = error
-        x.environ["minibottle.route"] = None
-        x.ending = CLOSE
+            return self.refuse(c, error, me)
+        x.environ["CONTENT_LENGTH"] = str(body.file.tell())
+        x.environ["wsgi.input"] = x.environ["minibottle.body"] = body.file
+        body.file.seek(0)
         self.call(x, me)
 
     # -- the call --
@@ -5094,8 +5050,7 @@ class Worker(Loop):
             me.table.append(began)
             if self.asleep:
                 self.rouse()
-        else:
-            me.since = began
+        me.since = began
         me.exchange = x
         error = None
         try:
@@ -5107,7 +5062,7 @@ class Worker(Loop):
             me.table.pop()
         except IndexError:  # the monitor took it, if there was one: another thread has the loop
             me.holds = False
-            me.since = 0.0
+        me.since = 0.0
         now = monotonic()
         if now - began > SLOW_SECONDS or x.plan.slow:
             x.plan.took(now - began)
@@ -5228,7 +5183,8 @@ class Worker(Loop):
         self.send(x, data, monotonic(), me)
 
     def send(self, x: Exchange, data: Any, now: float, me: Hand) -> None:
-        """Send the last bytes of an answer; what the socket does not take, the loop sends."""
+        """Send the last bytes of an answer, or those before a file; what the socket does not take,
+        the loop sends."""
         c = x.connection
         try:
             n = c.sock.send(data)
@@ -5237,7 +5193,7 @@ class Worker(Loop):
         except OSError:
             return self.abort(x, me)
         if n == len(data):
-            return self.finish(x, now, me)
+            return self.finish(x, now, me) if x.result is None else self.send_file(x, me)
         x.out = memoryview(data)[n:]
         self.await_write(x, now, n)
 
@@ -5265,7 +5221,6 @@ class Worker(Loop):
         if x.ending is CLOSE:
             return self.farewell(c)
         c.phase = IDLE
-        c.since = now
         c.deadline = now + self.keepalive_timeout
         if c.buf:  # of a next request
             self.again.append(c)
@@ -5330,8 +5285,7 @@ class Worker(Loop):
         elif size:
             x.length = size if announced is None else announced
             x.offset = result.file.tell()
-            x.out = self.make_head(x)
-            return self.send_file(x, me)
+            return self.send(x, self.make_head(x), monotonic(), me)
         self.pump(x, me)
 
     def pull(self, x: Exchange, me: Hand) -> Optional[bytes]:
@@ -5373,24 +5327,21 @@ class Worker(Loop):
         except OSError as error:
             return not isinstance(error, BlockingIOError)
 
-    def transmit(self, x: Exchange, data: bytes, me: Optional[Hand]) -> bool:
-        """Send all of it; where the socket takes no more, leave the loop (or it is left: None) and
-        wait. False: the client is gone, or there was no progress in write_timeout."""
+    def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
+        """Send all of it; where the socket takes no more, leave the loop and wait. False: the
+        client is gone, or there was no progress in write_timeout."""
         sock, view = x.connection.sock, memoryview(data)
         try:
             while view:
                 try:
                     view = view[sock.send(view):]
-                    queued = bytes_queued(sock) if view else 0
                 except (BlockingIOError, InterruptedError):
                     x.plan.blocked()
-                    if me is not None:
-                        self.leave(me)
-                    queued = bytes_queued(sock)
+                    self.leave(me)
+                    x.queued = bytes_queued(sock)
                     sock.settimeout(self.settings.write_timeout)
                 except socket.timeout:
-                    before, queued = queued, bytes_queued(sock)
-                    if queued >= before:
+                    if self.is_stuck(x):
                         raise
         except OSError:
             return False
@@ -5398,6 +5349,11 @@ class Worker(Loop):
             if sock.gettimeout():
                 sock.setblocking(False)
         return True
+
+    def is_stuck(self, x: Exchange) -> bool:
+        """Has the peer read nothing of what the system holds for it since the last look?"""
+        before, x.queued = x.queued, bytes_queued(x.connection.sock)
+        return x.queued >= before
 
     def close_result(self, x: Exchange, me: Hand) -> None:
         """Call close() of what the application returned (PEP 3333), once."""
@@ -5410,29 +5366,23 @@ class Worker(Loop):
                 log.error("%s: close() failed", x.describe(), exc_info=error)
 
     def send_file(self, x: Exchange, me: Hand) -> None:
-        """Send of the head and the file what the socket takes, up to a turn's worth."""
-        c, budget = x.connection, TURN_BYTES
+        """Send of a file what the socket takes, up to a turn's worth."""
+        x.out, began = b"", x.sent
         try:
-            if x.out:
-                n = c.sock.send(x.out)
-                x.out = memoryview(x.out)[n:]
-                budget -= n
-            while not x.out and x.left and budget > 0:
-                n = self.user(me, os.sendfile, c.fd, x.result.file.fileno(), x.offset,
-                              min(x.left, TURN_BYTES))
+            while x.left and x.sent < began + TURN_BYTES:
+                n = self.user(me, os.sendfile, x.connection.fd, x.result.file.fileno(),
+                              x.offset + x.sent, min(x.left, TURN_BYTES))
                 if not n:
                     log.error("%s: the file ended %s bytes short", x.describe(), x.left)
                     return self.abort(x, me)
-                x.offset += n
                 x.left -= n
                 x.sent += n
-                budget -= n
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
             return self.abort(x, me)
-        if x.out or x.left:
-            return self.await_write(x, monotonic(), TURN_BYTES - budget)
+        if x.left:
+            return self.await_write(x, monotonic(), x.sent - began)
         self.close_result(x, me)
         self.finish(x, monotonic(), me)
 
@@ -5455,7 +5405,7 @@ class Worker(Loop):
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
         """An answer of the server's own."""
-        if type(x.body) is StreamInput:
+        if x.body is not None and not x.body.is_done():
             x.ending = CLOSE
         x.lines = None
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
@@ -5463,7 +5413,8 @@ class Worker(Loop):
 
     def refuse(self, c: Connection, error: BaseException, me: Hand) -> None:
         """Answer once, close, and never look at the rest: after an error in the framing nobody
-        knows where the next request begins."""
+        knows where the next request begins. Our application makes its own page, with its hooks, of
+        a body that is too large."""
         x = c.exchange
         if x is None:
             method = "HEAD" if c.buf[:5] == b"HEAD " else "-"
@@ -5471,23 +5422,34 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
+        if isinstance(error, ContentTooLarge) and self.plan != self.learned_plan:
+            x.environ.update({"minibottle.refused": error, "minibottle.route": None})
+            return self.call(x, me)
         self.on_error(x, error, me)
 
     def on_expired(self, c: Connection, me: Hand) -> None:
         """A deadline has passed; c is ours."""
-        settings, x = self.settings, c.exchange
-        late = {HEAD: f"header_timeout {settings.header_timeout} s",
-                BODY: f"body_timeout {settings.body_timeout} s"}.get(c.phase)
-        if late:
-            return self.refuse(c, RequestTimeout(f"the {c.phase} came too slowly ({late})"), me)
+        if c.phase is HEAD or c.phase is BODY:
+            return self.refuse(c, self.too_slow(c.phase), me)
         if c.phase is WRITE:
-            queued = bytes_queued(c.sock)
-            if queued >= x.queued:
-                return self.abort(x, me)
-            x.queued = queued  # the peer reads what the system holds
-            c.deadline = monotonic() + settings.write_timeout
+            if self.is_stuck(c.exchange):
+                return self.abort(c.exchange, me)
+            c.deadline = monotonic() + self.settings.write_timeout
             return self.give(c)
-        self.close(c)
+        if c.phase is IDLE:
+            try:
+                c.buf = c.sock.recv(RECV_BYTES)  # a request that is here already is answered
+            except OSError:
+                pass
+        if c.buf:
+            self.again.append(c)
+        else:
+            self.close(c)
+
+    def too_slow(self, phase: str) -> RequestTimeout:
+        name = "header_timeout" if phase is HEAD else "body_timeout"
+        return RequestTimeout(
+            f"the {phase} came too slowly ({name} {getattr(self.settings, name)} s)")
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
@@ -5688,22 +5650,14 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
         else:
             worker.drain()
 
-    numbers: tuple = ()
     if threading.current_thread() is threading.main_thread():
-        numbers = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT))
-        worker.bell.on_signals()
-    kept = handle(dict.fromkeys(numbers, on_signal))
+        worker.bell.on_signals(dict.fromkeys((
+            signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT)), on_signal))
     print_started(sockets, "one process", settings)
     try:
         worker.monitor()
     finally:
         unlink_sockets()
-        handle(kept)
-
-
-def handle(handlers: Dict[int, Any]) -> Dict[int, Any]:
-    """Let these functions handle these signals; returns those that did before."""
-    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
 def tell(link: socket.socket, message: dict) -> None:
@@ -5739,7 +5693,6 @@ class Process:
         self.slot = slot
         self.link = link
         self.began = monotonic()
-        self.ready = False
         self.retiring = False  # it ends by itself, and another takes its place
         self.kill_at = 0.0     # it was told to end, for want of a heartbeat, before then
 
@@ -5753,7 +5706,7 @@ class Master:
         self.defaults = defaults  # what holds where neither run() nor a flag says otherwise
         self.flags = flags        # of the command line: they beat what run() is given
         self.reloads = reloads    # load() gets new code; else the application is here already
-        self.settings: Any = None  # known when the first worker has booted
+        self.settings = Settings(grace=0)  # and no sockets, until the first worker has booted
         self.sockets: List[socket.socket] = []
         self.board = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
         self.workers: Dict[int, Process] = {}
@@ -5769,42 +5722,30 @@ class Master:
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        self.bell.on_signals()
-        kept = handle(dict.fromkeys(self.handled, lambda number, frame: None))
+        self.bell.on_signals(dict.fromkeys(self.handled, do_nothing))
         try:
             while self.workers or not self.stopping:
                 while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
                     self.fork()
                 self.wait()
                 for number in self.bell.drain():
-                    self.obey(number)
+                    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+                        at_once = self.stopping or number == signal.SIGQUIT
+                        self.stop(signal.SIGKILL if at_once else signal.SIGTERM)
                 self.reap()
                 self.watch()
         finally:
             self.stop(signal.SIGKILL)
-            handle(kept)
             unlink_sockets()
             self.bell.close()
         return self.status
 
-    def obey(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            at_once = self.stopping or number == signal.SIGQUIT
-            self.stop(signal.SIGKILL if at_once else signal.SIGTERM)
-
     def stop(self, number: int) -> None:
-        grace = self.settings.grace if self.settings else 0.0
-        self.stopping = self.stopping or monotonic() + grace + 1.0
+        self.stopping = self.stopping or monotonic() + self.settings.grace + 1.0
         for sock in self.sockets:
             sock.close()
-        for process in self.workers.values():
-            self.kill(process, number)
-
-    def kill(self, process: Process, number: int) -> None:
-        try:
-            os.kill(process.pid, number)
-        except ProcessLookupError:
-            pass
+        for pid in self.workers:
+            os.kill(pid, number)
 
     # -- workers come and go --
 
@@ -5829,10 +5770,11 @@ class Master:
         """In the new process: become a worker, and end here whatever happens."""
         status = FAILED_STATUS
         try:
-            handle({**dict.fromkeys(self.handled, signal.SIG_DFL),
-                    signal.SIGINT: lambda number, frame: None})  # the master's to obey
             self.bell.close()
             signal.set_wakeup_fd(-1)
+            for number in self.handled:
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, do_nothing)  # the master's to obey
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
             for process in self.workers.values():
                 process.link.close()
@@ -5857,16 +5799,15 @@ class Master:
         settings = Settings(**{**self.defaults, **options, **self.flags})
         tell(link, {"settings": vars(settings)})
         worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
-        handle({signal.SIGTERM: lambda number, frame: worker.drain(),
-                signal.SIGQUIT: lambda number, frame: worker.stop()})
-        worker.bell.on_signals()
+        worker.bell.on_signals({signal.SIGTERM: lambda number, frame: worker.drain(),
+                                signal.SIGQUIT: lambda number, frame: worker.stop()})
         worker.on_heartbeat(monotonic())
         tell(link, {"ready": os.getpid()})
         worker.monitor()
 
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
-        timeout = heartbeat_of(self.settings or DEFAULTS)
+        timeout = heartbeat_of(self.settings)
         if self.stopping or any(p.kill_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
@@ -5889,7 +5830,6 @@ class Master:
         if "retiring" in message:
             process.retiring = True
         elif "ready" in message:
-            process.ready = True
             if not self.served:
                 self.served = True
                 print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}",
@@ -5900,7 +5840,7 @@ class Master:
     def give_listeners(self, process: Process, settings: Settings) -> None:
         """What the first worker says holds: only now it is known where to listen."""
         try:
-            if self.settings is None:
+            if not self.sockets:
                 self.sockets = bind_all(settings.bind)
                 self.settings = settings
                 self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
@@ -5922,8 +5862,8 @@ class Master:
             process = self.workers.pop(ended, None)
             if process is not None:
                 process.link.close()
-                self.board[2 * process.slot] = self.board[2 * process.slot + 1] = 0.0
                 self.on_end(process, wait_status)
+                self.board[2 * process.slot] = self.board[2 * process.slot + 1] = 0.0
             elif pid == -1 and ended <= 0:
                 return
 
@@ -5942,7 +5882,8 @@ class Master:
                 or FAILED_STATUS
             return self.stop(signal.SIGKILL)
         lived = monotonic() - process.began
-        self.failures = 0 if process.ready and lived > 1.0 else self.failures + 1
+        served = bool(self.board[2 * process.slot])
+        self.failures = 0 if served and lived > 1.0 else self.failures + 1
         pause = min(2 ** min(self.failures, 10) // 2, MAX_BACKOFF_SECONDS)
         self.fork_at = monotonic() + pause
         log.error("worker %s %s after %.0f s; a new one starts %s", process.pid, cause, lived,
@@ -5956,12 +5897,12 @@ class Master:
             deadline = self.stopping or process.kill_at
             if deadline:
                 if now > deadline:
-                    self.kill(process, signal.SIGKILL)
-            elif process.ready and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
+                    os.kill(process.pid, signal.SIGKILL)
+            elif beat and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
                 log.error("worker %s gives no sign of life for %.0f s (worker_timeout): it is "
                           "ended, and its threads are below", process.pid, now - beat)
                 process.kill_at = now + 1.0
-                self.kill(process, signal.SIGABRT)
+                os.kill(process.pid, signal.SIGABRT)
 
 
 def boot(serve: Callable[[Callable, dict], None], load: Callable[[], Optional[Callable]],
@@ -6067,18 +6008,15 @@ def bind(address: str) -> socket.socket:
 
     Raises UsageError, StartError.
     """
-    name: Any = address[5:] if address.startswith("unix:") else None
-    if name is None:
-        name = parse_address(address)
-        family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
-    else:
-        if not hasattr(socket, "AF_UNIX"):
-            raise UsageError(f"no unix sockets on this system: {address}")
-        family = socket.AF_UNIX
+    path = address[5:] if address.startswith("unix:") else ""
+    name: Any = path or parse_address(address)
+    if path and not hasattr(socket, "AF_UNIX"):
+        raise UsageError(f"no unix sockets on this system: {address}")
+    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in name[0] else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if type(name) is str:
-            bind_unix(sock, name)
+        if path:
+            bind_unix(sock, path)
         else:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
             option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
             sock.setsockopt(socket.SOL_SOCKET, option, 1)

@@ -5192,7 +5192,25 @@ def stats():
     return dict(
         doubled=sum(n > 1 for n in ledger.calls.values()), calls=len(ledger.calls),
         opened=ledger.opened, closed=ledger.closed, broken=ledger.broken[:5],
-        connections=len(worker.connections), waiting=len(worker.waiting), count=dict(worker.count))
+        connections=len(worker.connections), waiting=len(worker.waiting),
+        count=dict(worker.poller.count))
+
+
+class CountingPoller:
+    """Counts what the loop asks of its poller."""
+
+    def __init__(self, poller):
+        self.poller, self.count = poller, {"polls": 0, "disarms": 0}
+        self.register, self.unregister, self.close = (
+            poller.register, poller.unregister, poller.close)
+
+    def poll(self, *args):
+        self.count["polls"] += 1
+        return self.poller.poll(*args)
+
+    def modify(self, fd, mask):
+        self.count["disarms"] += mask == minibottle.OFF
+        self.poller.modify(fd, mask)
 
 
 class Unplanned(logging.Handler):
@@ -5213,7 +5231,9 @@ def serve_application():
     threading.excepthook = lambda args: ledger.note("a thread died: %r" % (args.exc_value,))
     sys.unraisablehook = lambda args: ledger.note("unraisable: %r" % (args.exc_value,))
     logging.getLogger("minibottle").addHandler(Unplanned())
-    with minibottle.Server(application, port=0, max_threads=int(sys.argv[2])) as ledger.server:
+    ledger.server = minibottle.Server(application, port=0, max_threads=int(sys.argv[2]))
+    ledger.server.worker.poller = CountingPoller(ledger.server.worker.poller)
+    with ledger.server:
         print(ledger.server.port, flush=True)
         sys.stdin.read()
 
@@ -6612,10 +6632,26 @@ class WsgiTest(WireTest):
         def never(environ, start_response):
             return [b"x"]
         log = self.listen_to_log()
-        for app in (twice, never, reply(["text"]), reply(None), reply(iter(["text"]))):
+        def text(environ, start_response):
+            start_response("200 OK", [TEXT])("text")
+
+        def two_lengths(environ, start_response):
+            start_response("200 OK", [TEXT, ("Content-Length", "1"), ("content-length", "2")])
+        for app in (twice, never, text, two_lengths, reply(["text"]), reply(None),
+                    reply(iter(["text"]))):
             with self.subTest(app=app):
                 self.assertEqual(self.fetch(self.serve(app), get()).status, 500)
                 self.assertTrue(log.next())
+
+    def test_without_a_stderr_wsgi_errors_goes_to_the_log(self):
+        def app(environ, start_response):
+            environ["wsgi.errors"].write("it broke\n")
+            return hello(environ, start_response)
+        log = self.listen_to_log()
+        with mock.patch.object(sys, "stderr", None):
+            server = self.serve(app)
+        self.assertEqual(self.fetch(server, get()).status, 200)
+        self.assertIn("it broke", log.next())
 
     def test_close_is_called_exactly_once(self):
         for pieces, method in (([b"x"], "GET"), ([b"x"], "HEAD"), (break_off(), "GET"),
@@ -6727,6 +6763,12 @@ class StreamTest(WireTest):
                 leave(wire)
         self.wait_for(lambda: len(self.files) == 4 and all(file.closed for file in self.files))
 
+    def test_a_file_is_closed_when_the_server_ends_before_it_is_sent(self):
+        server = self.serve(self.send_file, grace=0)
+        self.connect(server, receive_bytes=4096).send(get()).exactly(1000)
+        server.stop()
+        self.assertTrue(self.files[0].closed)
+
     def test_an_iterator_is_closed_when_its_client_goes_away(self):
         def endless():
             while True:
@@ -6745,6 +6787,24 @@ class StreamTest(WireTest):
                 with self.subTest(pieces=pieces.__name__, leave=leave.__name__):
                     self.assertTrue(body.ended.wait(5 * SLOW))
                     self.assertEqual(body.closed, 1)
+
+    def test_an_event_stream_ends_when_its_reader_closes_its_side_and_others_do_not(self):
+        def count():
+            for i in range(20):
+                yield b"data: %d\n\n" % i
+                time.sleep(0.02)
+
+        def app(environ, start_response):
+            start_response("200 OK", [("Content-Type", environ["PATH_INFO"][1:])])
+            return count()
+        server = self.serve(app)
+        for kind in ("text/event-stream", "text/plain"):
+            wire = self.connect(server).send(get("/" + kind))
+            wire.sock.shutdown(socket.SHUT_WR)
+            data = b""
+            with contextlib.suppress(ConnectionResetError):
+                data = read_all(wire.sock)
+            self.assertEqual(b"data: 19" in data, kind == "text/plain")
 
     def test_a_stalled_reader_of_an_endless_stream_costs_no_memory(self):
         made = []
@@ -7161,6 +7221,12 @@ class InThreadTest(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 0.5 + SLOW)
         server.stop()                            # again is no harm
 
+    def test_where_no_thread_can_be_started_it_does_not_start(self):
+        worker = Server(self.make_app(), port=0).worker
+        self.addCleanup(worker.shut_down)
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no more")):
+            self.assertRaises(RuntimeError, worker.monitor)
+
     def test_fast_requests_are_not_delayed_by_blocked_ones(self):
         server = self.serve(self.make_app())
         clients, waits = [self.block(server) for _ in range(8)], []
@@ -7293,11 +7359,12 @@ class InThreadTest(unittest.TestCase):
         @app.post("/stream", stream=True)
         def stream(request):
             with contextlib.suppress(BadRequest):
-                request.environ["wsgi.input"].read()
+                request.query.unread or request.environ["wsgi.input"].read()
             return "hidden"
-        with connect(self.serve(app).url) as sock:
-            sock.sendall(chunked(b"x\r\n" + get(), path="/stream"))
-            self.assertRegex(read_all(sock), rb"(?s)^HTTP/1.1 200 .*hidden\Z")
+        for path in ("/stream", "/stream?unread=1"):
+            with connect(self.serve(app).url) as sock:
+                sock.sendall(chunked(b"x\r\n" + get(), path=path))
+                self.assertRegex(read_all(sock), rb"(?s)^HTTP/1.1 200 .*hidden\Z")
 
     def test_a_body_may_be_refused_before_it_has_come(self):
         app = self.make_app()
