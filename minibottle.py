@@ -2034,24 +2034,60 @@ class FileWrapper:
             self.file.close()
 
 
-class ClosingIterator:
-    """An iterator, and the close() that belongs to it: WSGI servers call that at the end."""
-
-    __slots__ = ("step", "close")
-
-    def __init__(self, step: Callable[[], Any], close: Callable[[], object]) -> None:
-        self.step = step
-        self.close = close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        return self.step()
-
-
 def do_nothing(*args: object) -> None:
     """The close() of what has none, and the like."""
+
+
+def close_body(body: object) -> None:
+    getattr(body, "close", do_nothing)()
+
+
+class Body:
+    """What is sent in pieces: begun, so that the code before its first piece may set the head, and
+    that piece is not empty. Every step and the close() run in one context, a copy of this one."""
+
+    __slots__ = ("pieces", "close")
+
+    def __init__(self, out: Iterable) -> None:
+        context = copy_context()
+        self.close: Callable = partial(context.run, close_body, out)
+        try:
+            steps = map(context.run, repeat(context.run(iter, out).__next__))
+            first = next(filter(None, steps), b"")
+        except BaseException:
+            self.close()
+            raise
+        self.pieces: Iterator = chain((first,), steps)
+
+    def __iter__(self) -> Iterator:
+        return self.pieces
+
+
+def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
+    """([status, headers, exc_info or None], body) of another application's answer; the body is
+    bytes, if it is whole, a FileWrapper or a Body."""
+    head: list = []
+    written: List[bytes] = []
+    body: Any = None
+
+    def start_response(status: str, headers: list, exc_info: Any = None) -> Callable:
+        if exc_info and body is not None:  # too late for another answer
+            raise exc_info[1]
+        head[:] = status, list(headers), exc_info
+        return written.append
+
+    result = app(environ, start_response)
+    if isinstance(result, list) and result:
+        body = b"".join(written + result)
+    elif type(result) is FileWrapper:
+        body = result
+    else:
+        body = Body(result)
+        body.pieces = chain(written, body.pieces)
+    if not head:
+        close_body(body)
+        raise RuntimeError("the application did not call start_response")
+    return head, body
 
 
 COMPRESSIBLE = (
@@ -2142,36 +2178,21 @@ class GzipMiddleware:
         self.level = level
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        held: list = []
-        started: List[Callable] = []
-        written: List[bytes] = []
-
-        def hold(status: str, headers: list, exc_info: object = None) -> Callable:
-            if started:  # the head is out: the server will raise
-                return started[0](status, headers, exc_info)
-            held[:] = [status, headers, exc_info]
-            return written.append
-
-        result = self.app(environ, hold)
-        close = getattr(result, "close", do_nothing)
+        (status, headers, exc_info), body = call_wsgi(self.app, environ)
+        length = len(body) if type(body) is bytes else None
         try:
-            pieces: Iterator[bytes] = chain(written, result)
-            if not held:  # a generator may start when it is first pulled
-                pieces = chain([next(pieces, b"")], pieces)
-            if not held:
-                raise RuntimeError("the application did not call start_response")
-            status, headers, exc_info = held
-            length = len(result[0]) if type(result) is list and len(result) == 1 and not written \
-                else None
-            headers, compress = negotiate_gzip(environ, status, list(headers), length, self.minimum)
+            headers, compress = negotiate_gzip(environ, status, headers, length, self.minimum)
             start_response(status, headers, *[exc_info] if exc_info else [])
         except BaseException:
-            close()
+            close_body(body)
             raise
-        started.append(start_response)
-        if compress and environ["REQUEST_METHOD"] != "HEAD":
-            pieces = iter_gzip(pieces, self.level)
-        return ClosingIterator(pieces.__next__, close)
+        compress = compress and environ["REQUEST_METHOD"] != "HEAD"
+        if length is not None:
+            return [gzip_bytes(body, self.level) if compress else body]
+        if compress:
+            body = Body(body)
+            body.pieces = iter_gzip(body.pieces, self.level)
+        return body
 
 
 # -- files by their name --
@@ -2328,9 +2349,9 @@ def send_part(answer: HTTPResponse, file: BinaryIO, etag: Any) -> HTTPResponse:
 
 
 # === 8. Router ================================================================
-# Rules to targets. A rule without wildcards is looked up in a dict. The others hang in a tree of
-# their static segments, so that 10,000 which differ in one cost as much as ten: the tree gives the
-# few that can match, and these are tried in the order of their definition.
+# Rules to targets. A rule without wildcards is looked up in a dict, the others by their static
+# segments: a dict for each shape, such as "two segments, the first static". So 10,000 rules that
+# differ in a segment cost as much as ten: the few that can match are tried in their order.
 
 class RouteError(BottleException):
     """Something is wrong with a route."""
@@ -2380,65 +2401,37 @@ class Rule:
         return self.compiled.fullmatch(path)
 
 
-class Node:
-    """A place in the tree of segments."""
-
-    __slots__ = ("static", "wild", "ends", "spanning")
-
-    def __init__(self) -> None:
-        self.static: Dict[str, Node] = {}  # the next segment as text
-        self.wild: Optional[Node] = None   # the next segment has a wildcard
-        self.ends: List[Rule] = []         # rules that end here
-        self.spanning: List[Rule] = []     # rules whose next wildcard may hold a slash
-
-
 class RouteTable:
     """The rules of one method."""
 
     def __init__(self) -> None:
-        self.static: Dict[str, tuple] = {}   # path -> (target, None, None)
-        self.root = Node()
-        self.rules: Dict[str, Rule] = {}     # pattern without names -> rule
+        self.static: Dict[str, tuple] = {}  # path -> (target, None, None)
+        self.rules: Dict[str, Rule] = {}    # pattern without names -> rule
+        # (count of segments, whether more may follow, places of the static ones)
+        # -> {the segments at these places: rules}
+        self.shapes: Dict[tuple, Dict[tuple, List[Rule]]] = {}
 
     def find_rule(self, path: str) -> Optional[Tuple[object, Rule, Match]]:
         """(target, rule, match) of the first rule with wildcards that fits."""
-        for rule in self.candidates(path):
+        segments = path.split("/")
+        length = len(segments)
+        candidates: List[Rule] = []
+        for (count, spans, places), rules in self.shapes.items():
+            if count == length or spans and count < length:
+                candidates += rules.get(tuple(map(segments.__getitem__, places)), ())
+        if len(candidates) > 1:
+            candidates.sort(key=lambda rule: rule.order)
+        for rule in candidates:
             match = rule.match(path)
             if match:
                 return rule.target, rule, match
         return None
 
-    def candidates(self, path: str) -> List[Rule]:
-        """The rules whose static segments fit, in the order of their definition."""
-        segments = path.split("/")
-        last = len(segments)
-        found: List[Rule] = []
-        todo = [(self.root, 0)]
-        while todo:
-            node, depth = todo.pop()
-            found += node.spanning
-            if depth == last:
-                found += node.ends
-                continue
-            child = node.static.get(segments[depth])
-            if child is not None:
-                todo.append((child, depth + 1))
-            if node.wild is not None:
-                todo.append((node.wild, depth + 1))
-        if len(found) > 1:
-            found.sort(key=lambda rule: rule.order)
-        return found
-
-    def place(self, segments: List[Optional[str]], spans: bool) -> List[Rule]:
-        """The list in the tree where a rule of these segments (None: with a wildcard) belongs."""
-        node = self.root
-        for segment in segments:
-            if segment is None:
-                node.wild = node.wild or Node()
-                node = node.wild
-            else:
-                node = node.static.setdefault(segment, Node())
-        return node.spanning if spans else node.ends
+    def place(self, rule: Rule, segments: List[Optional[str]], spans: bool) -> None:
+        """Where a path leads that has these segments (None: with a wildcard) finds it."""
+        places = tuple(i for i, segment in enumerate(segments) if segment is not None)
+        rules = self.shapes.setdefault((len(segments), spans, places), {})
+        rules.setdefault(tuple(segments[i] for i in places), []).append(rule)
 
 
 class Router:
@@ -2478,8 +2471,8 @@ class Router:
             return
         self.count += 1
         order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
-        made = table.rules[flat] = Rule(order, pattern, converters_of(parts), target)
-        table.place(segments, spans).append(made)
+        table.rules[flat] = Rule(order, pattern, converters_of(parts), target)
+        table.place(table.rules[flat], segments, spans)
 
     def parse(self, rule: str) -> list:
         """"/a/<n:int>" -> ["/a/", ("n", "int", pattern, to value, to text)]."""
@@ -3263,28 +3256,16 @@ class Mount:
         """What the application answers. Besides the path all that it leaves in environ counts."""
         environ = request.environ
         inner = self.shift(environ)
-        answer = HTTPResponse()
-        written: List[bytes] = []
-
-        def start_response(status: str, headers: list, exc_info: Any = None) -> Callable:
-            if exc_info:
-                raise exc_info[1]
-            answer.status = status
-            answer._headers = HeaderDict()
-            for name, value in headers:
-                answer.add_header(name, wsgi_to_text(value, "replace"))
-            return written.append
-
         try:
-            body = self.app(inner, start_response)
-            is_whole = isinstance(body, list) and body and not written
-            answer.body = (b"".join(body) if is_whole else
-                           body if type(body) is FileWrapper else begin(body))
+            (status, headers, exc_info), body = call_wsgi(self.app, inner)
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
-        if written:
-            close = getattr(answer.body, "close", do_nothing)
-            answer.body = ClosingIterator(chain(written, answer.body).__next__, close)
+        if exc_info:
+            close_body(body)
+            raise exc_info[1]
+        answer = HTTPResponse(body, status)
+        for name, value in headers:
+            answer.add_header(name, wsgi_to_text(value, "replace"))
         return answer
 
 
@@ -3353,7 +3334,7 @@ def run_handler(cls: Any, /, **args: object) -> object:
             out = verb(handler, **args)
         if isinstance(out, HTTPError):
             raise out
-        return begin(out) if hasattr(out, "__next__") else handler_body(handler, out)
+        return Body(out) if hasattr(out, "__next__") else handler_body(handler, out)
     except HTTPError as error:
         return handler_error(handler, error)
     except HTTPResponse:
@@ -3650,7 +3631,7 @@ class App:
                 for hook in self._after:
                     hook()
             except Exception as error:
-                getattr(out, "close", do_nothing)()
+                close_body(out)
                 out = self._apply(error if isinstance(error, HTTPResponse) else
                                   self.failure(error, environ), environ)
         return out
@@ -3712,8 +3693,7 @@ class App:
                 return self._cast(self._apply(out[0], request.environ))
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
-            pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
-            return self._cast_iterator(pieces)
+            return self._cast_iterator(FileWrapper(out))
         if isinstance(out, FileWrapper):  # a range, or of a mounted application
             return out
         if hasattr(out, "read"):
@@ -3763,22 +3743,21 @@ class App:
         return b"500 Internal Server Error: the error handler failed\n"
 
     def _cast_iterator(self, out: Iterable) -> Any:
-        """An iterator is begun, so that the code before its first yield may set the head."""
         try:
-            pieces = begin(out)
+            body = Body(out)
         except HTTPResponse as answer:
             return self._cast(self._apply(answer, request.environ))
+        first, encoding = next(body.pieces), response.charset
+        if isinstance(first, Response):
+            body.close()
+            return self._cast(self._apply(first, request.environ))
         try:
-            first = next(pieces, b"")
-            if isinstance(first, Response):
-                pieces.close()
-                return self._cast(self._apply(first, request.environ))
-            encoding = response.charset
-            steps = chain((encode_piece(first, encoding),), pieces)
-        except BaseException:
-            pieces.close()
+            first = encode_piece(first, encoding)
+        except Exception:
+            body.close()
             raise
-        return ClosingIterator(partial(next_piece, steps, encoding), pieces.close)
+        body.pieces = chain((first,), map(encode_piece, body.pieces, repeat(encoding)))
+        return body
 
     def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
@@ -3814,11 +3793,11 @@ class App:
             try:
                 start_response(status, headers)
             except BaseException:
-                getattr(out, "close", do_nothing)()
+                close_body(out)
                 raise
             if has_body and not is_head:
                 return out
-            getattr(out, "close", do_nothing)()
+            close_body(out)
             return []
         finally:
             CURRENT.reset(token)
@@ -3870,41 +3849,18 @@ def run_hooks(hooks: List[Callable]) -> Optional[Response]:
     return None
 
 
-def begin(out: Iterable) -> ClosingIterator:
-    """Pull up to the first piece that is not empty. Every step runs in one context, a copy of the
-    request's."""
-    context = copy_context()
-    close: Callable = partial(context.run, getattr(out, "close", do_nothing))
-    pieces = context.run(iter, out)
-    first: Any = b""
-    try:
-        while not first and not isinstance(first, Response):
-            first = context.run(next, pieces)
-    except StopIteration:
-        first = b""
-    except BaseException:
-        close()
-        raise
-    rest = iter(partial(context.run, next, pieces, END), END)
-    return ClosingIterator(chain((first,), rest).__next__, close)
-
-
-END: Any = object()
-
-
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
     def close() -> None:
+        close_body(out)
         for file in files:
             file.close()
     if type(out) is bytes:
         close()
         return out
-
-    def close_both() -> None:
-        getattr(out, "close", do_nothing)()
-        close()
-    return ClosingIterator(iter(out).__next__, close_both)
+    body = Body(out)
+    body.close = close
+    return body
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
@@ -3913,10 +3869,6 @@ def encode_piece(piece: object, encoding: str) -> bytes:
     if isinstance(piece, bytes):
         return piece
     raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
-
-
-def next_piece(pieces: Iterator, encoding: str) -> bytes:
-    return encode_piece(next(pieces), encoding)
 
 
 def printable(text: object) -> str:

@@ -2371,7 +2371,7 @@ class ContextTest(UnitTest):
 
     def test_an_abandoned_generator_leaves_nothing_behind(self):
         _, _, out = self.begin("generator", "1")
-        next(out)
+        next(iter(out))
         out.close()
         self.assertEqual(ask(self.app, "/list/2?id=2").text, "2 2")
         with self.assertRaises((RuntimeError, KeyError)):
