@@ -2009,6 +2009,15 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
 # Bodies that are more than a string. gzip is on the fly, for any WSGI application; what it must
 # leave alone is in negotiate_gzip.
 
+def do_nothing(*args: object) -> None:
+    """What stands for a function that is not there."""
+
+
+def close_it(thing: object) -> None:
+    """Close it, if that can be done."""
+    getattr(thing, "close", do_nothing)()
+
+
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333): iterates over a file, or `length` bytes of it from where it
     stands; our server uses sendfile instead."""
@@ -2030,16 +2039,7 @@ class FileWrapper:
         return piece
 
     def close(self) -> None:
-        if hasattr(self.file, "close"):
-            self.file.close()
-
-
-def do_nothing(*args: object) -> None:
-    """The close() of what has none, and the like."""
-
-
-def close_body(body: object) -> None:
-    getattr(body, "close", do_nothing)()
+        close_it(self.file)
 
 
 class Body:
@@ -2049,10 +2049,10 @@ class Body:
     __slots__ = ("pieces", "close")
 
     def __init__(self, out: Iterable) -> None:
-        context = copy_context()
-        self.close: Callable = partial(context.run, close_body, out)
+        run: Any = copy_context().run
+        self.close: Callable = partial(run, close_it, out)
         try:
-            steps = map(context.run, repeat(context.run(iter, out).__next__))
+            steps = map(run, repeat(run(iter, out).__next__))
             first = next(filter(None, steps), b"")
         except BaseException:
             self.close()
@@ -2085,7 +2085,7 @@ def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
         body = Body(result)
         body.pieces = chain(written, body.pieces)
     if not head:
-        close_body(body)
+        close_it(body)
         raise RuntimeError("the application did not call start_response")
     return head, body
 
@@ -2184,7 +2184,7 @@ class GzipMiddleware:
             headers, compress = negotiate_gzip(environ, status, headers, length, self.minimum)
             start_response(status, headers, *[exc_info] if exc_info else [])
         except BaseException:
-            close_body(body)
+            close_it(body)
             raise
         compress = compress and environ["REQUEST_METHOD"] != "HEAD"
         if length is not None:
@@ -2385,20 +2385,17 @@ FILTERS: Dict[str, Callable[[Optional[str]], FilterParts]] = {
 class Rule:
     """A rule with wildcards: its pattern, what converts its values, and its target."""
 
-    __slots__ = ("order", "pattern", "compiled", "converters", "target")
-
     def __init__(self, order: int, pattern: str, converters: List[Tuple[str, Callable]],
                  target: object) -> None:
         self.order = order            # of definition
         self.pattern = pattern        # of the whole path
-        self.compiled: Optional[Pattern] = None  # when first needed: compiling takes 100 us
         self.converters = converters  # [(name, text to value)]
         self.target = target
 
-    def match(self, path: str) -> Optional[Match]:
-        if self.compiled is None:
-            self.compiled = re.compile(self.pattern, re.DOTALL)
-        return self.compiled.fullmatch(path)
+    @cached_property
+    def match(self) -> Callable[[str], Optional[Match]]:
+        """Made when first needed: compiling takes 100 us."""
+        return re.compile(self.pattern, re.DOTALL).fullmatch
 
 
 class RouteTable:
@@ -2408,30 +2405,31 @@ class RouteTable:
         self.static: Dict[str, tuple] = {}  # path -> (target, None, None)
         self.rules: Dict[str, Rule] = {}    # pattern without names -> rule
         # (count of segments, whether more may follow, places of the static ones)
-        # -> {the segments at these places: rules}
-        self.shapes: Dict[tuple, Dict[tuple, List[Rule]]] = {}
+        # -> {the segments at these places: patterns}
+        self.shapes: Dict[tuple, Dict[tuple, List[str]]] = {}
 
     def find_rule(self, path: str) -> Optional[Tuple[object, Rule, Match]]:
         """(target, rule, match) of the first rule with wildcards that fits."""
         segments = path.split("/")
         length = len(segments)
-        candidates: List[Rule] = []
-        for (count, spans, places), rules in self.shapes.items():
+        fitting: List[str] = []
+        for (count, spans, places), patterns in self.shapes.items():
             if count == length or spans and count < length:
-                candidates += rules.get(tuple(map(segments.__getitem__, places)), ())
-        if len(candidates) > 1:
-            candidates.sort(key=lambda rule: rule.order)
-        for rule in candidates:
+                fitting += patterns.get(tuple(map(segments.__getitem__, places)), ())
+        rules = [self.rules[pattern] for pattern in fitting]
+        if len(rules) > 1:
+            rules.sort(key=lambda rule: rule.order)
+        for rule in rules:
             match = rule.match(path)
             if match:
                 return rule.target, rule, match
         return None
 
-    def place(self, rule: Rule, segments: List[Optional[str]], spans: bool) -> None:
-        """Where a path leads that has these segments (None: with a wildcard) finds it."""
+    def place(self, pattern: str, segments: List[Optional[str]], spans: bool) -> None:
+        """Have it tried for paths with these segments (None: any)."""
         places = tuple(i for i, segment in enumerate(segments) if segment is not None)
-        rules = self.shapes.setdefault((len(segments), spans, places), {})
-        rules.setdefault(tuple(segments[i] for i in places), []).append(rule)
+        patterns = self.shapes.setdefault((len(segments), spans, places), {})
+        patterns.setdefault(tuple(segments[i] for i in places), []).append(pattern)
 
 
 class Router:
@@ -2465,14 +2463,15 @@ class Router:
             return
         pattern, flat, segments, spans = self.flatten(rule, parts)
         known = table.rules.get(flat)
-        if known is not None:  # as Bottle: at its old place
-            known.target, known.pattern, known.compiled = target, pattern, None
-            known.converters = converters_of(parts)
-            return
-        self.count += 1
-        order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
-        table.rules[flat] = Rule(order, pattern, converters_of(parts), target)
-        table.place(table.rules[flat], segments, spans)
+        if known:  # as Bottle: at its old place
+            order = known.order
+        else:
+            self.count += 1
+            order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
+            table.place(flat, segments, spans)
+        converters = [(part[0], part[3]) for part in parts
+                      if type(part) is not str and part[0] and part[3]]
+        table.rules[flat] = Rule(order, pattern, converters, target)
 
     def parse(self, rule: str) -> list:
         """"/a/<n:int>" -> ["/a/", ("n", "int", pattern, to value, to text)]."""
@@ -2603,10 +2602,6 @@ class Router:
             path += quote(to_text(value) if to_text else str(value),
                           safe="" if kind in NO_SLASH else "/")
         return path + ("?" + urlencode(args, doseq=True) if args else "")
-
-
-def converters_of(parts: list) -> List[Tuple[str, Callable]]:
-    return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
 
 
 def convert_args(rule: Rule, match: Match) -> dict:
@@ -3194,41 +3189,34 @@ def closed_over(callback: Callable) -> Optional[Callable]:
     return next(filter(callable, held), None)
 
 
+def signature_of(callback: Callable) -> Optional[list]:
+    """The inspect.Parameters that a caller fills in; None if they cannot be seen."""
+    import inspect
+    try:
+        return list(inspect.signature(callback).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
 def parameters_of(callback: Callable) -> List[str]:
-    """The names of what a caller fills in: not `self` of a bound method."""
-    skip = 0
-    while True:
-        if isinstance(callback, partial):
-            skip += len(callback.args)
-            callback = callback.func
-        elif hasattr(callback, "__func__"):  # a bound method
-            skip += 1
-            callback = callback.__func__
-        elif hasattr(callback, "__wrapped__"):  # functools.wraps
-            callback = callback.__wrapped__
-        elif hasattr(callback, "__code__"):
-            code = callback.__code__
-            return list(code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount])
-        elif hasattr(type(callback).__call__, "__code__"):  # an object with __call__
-            skip += 1
-            callback = type(callback).__call__
-        else:
-            return []
+    """Their names: not `self` of a bound method, nor *args."""
+    if isinstance(callback, type(parameters_of)) and not hasattr(callback, "__wrapped__"):
+        code = callback.__code__  # FAST: importing inspect takes 6 ms
+        return list(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
+    return [p.name for p in signature_of(callback) or ()
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def yieldroutes(func: Callable) -> Iterator[str]:
     """The rules of a function by its signature: a__b(x, y=5) -> "/a/b/<x>", "/a/b/<x>/<y>"."""
-    names = parameters_of(func)
-    names = names[1:] if names[:1] == ["request"] else names
     path = "/" + func.__name__.replace("__", "/").lstrip("/")
-    while hasattr(func, "__wrapped__"):
-        func = func.__wrapped__
-    required = len(names) - len(func.__defaults__ or ())
-    path += "".join(f"/<{name}>" for name in names[:required])
+    optional = {p.name for p in signature_of(func) or () if p.default is not p.empty}
+    for i, name in enumerate(parameters_of(func)):
+        if i or name != "request":
+            if name in optional:
+                yield path
+            path += f"/<{name}>"
     yield path
-    for name in names[required:]:
-        path += f"/<{name}>"
-        yield path
 
 
 class Mount:
@@ -3261,7 +3249,7 @@ class Mount:
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
         if exc_info:
-            close_body(body)
+            close_it(body)
             raise exc_info[1]
         answer = HTTPResponse(body, status)
         for name, value in headers:
@@ -3284,6 +3272,7 @@ class Handler:
     verbs: Dict[str, Callable] = {}
     request: Request
     response: Response
+    written: List[bytes]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -3305,8 +3294,7 @@ class Handler:
         if isinstance(piece, (dict, list)):
             self.response.content_type = "application/json"
             piece = json_dumps(piece)
-        data = piece.encode("utf-8") if isinstance(piece, str) else bytes(piece)
-        self.__dict__.setdefault("written", []).append(data)
+        self.written.append(piece.encode("utf-8") if isinstance(piece, str) else bytes(piece))
 
     def set_header(self, name: str, value: object) -> None:
         self.response.set_header(name, value)
@@ -3327,34 +3315,27 @@ def run_handler(cls: Any, /, **args: object) -> object:
     handler = cls()
     handler.request = own = Request(CURRENT.get())
     handler.response = response_of(own.environ)
+    handler.written = []
     verb = cls.verbs.get(own.method) or cls.verbs["GET"]  # HEAD, where there is only GET
     try:
-        out = handler.prepare()
-        if out is None:
-            out = verb(handler, **args)
-        if isinstance(out, HTTPError):
-            raise out
-        return Body(out) if hasattr(out, "__next__") else handler_body(handler, out)
-    except HTTPError as error:
-        return handler_error(handler, error)
-    except HTTPResponse:
-        raise
-    except Exception as error:
-        return handler_error(handler, own.app.failure(error, own.environ))
+        try:
+            out = handler.prepare()
+            if out is None:
+                out = verb(handler, **args)
+            if isinstance(out, HTTPError):
+                raise out
+            if hasattr(out, "__next__"):
+                out = Body(out)
+        except Exception as error:
+            if isinstance(error, HTTPResponse) and not isinstance(error, HTTPError):
+                raise
+            page = own.app.failure(error, own.environ)
+            handler.response.merge(page)
+            handler.written.clear()
+            out = handler.on_error(page)
+        return b"".join(handler.written) if out is None else out
     finally:
         handler.on_finish()
-
-
-def handler_body(handler: Handler, out: Any) -> Any:
-    """What a verb returned, or else has written."""
-    return b"".join(handler.__dict__.get("written", ())) if out is None else out
-
-
-def handler_error(handler: Handler, error: HTTPError) -> object:
-    """The answer of `on_error`, under the status and the headers of the error."""
-    handler.response.merge(error)
-    handler.__dict__.pop("written", None)
-    return handler_body(handler, handler.on_error(error))
 
 
 def shortcut_of(verb: str) -> Callable:
@@ -3473,7 +3454,7 @@ class App:
                    or plugin in (it, type(it), getattr(it, "name", it))]
         for gone in removed:
             self.plugins.remove(gone)
-            getattr(gone, "close", do_nothing)()
+            close_it(gone)
         if removed:
             self.reset()
         return removed
@@ -3488,7 +3469,7 @@ class App:
     def close(self) -> None:
         """Close the plugins."""
         for plugin in self.plugins:
-            getattr(plugin, "close", do_nothing)()
+            close_it(plugin)
 
     get, post, put, delete, patch = map(shortcut_of, ("GET", "POST", "PUT", "DELETE", "PATCH"))
 
@@ -3518,7 +3499,7 @@ class App:
 
     def trigger_hook(self, name: str, /, *args: object, **kwargs: object) -> list:
         """Call the hooks of a name: what they return."""
-        return [hook(*args, **kwargs) for hook in list(self._hooks[name])]
+        return list(run_hooks(list(self._hooks[name]), *args, **kwargs))
 
     def hook(self, name: str) -> Callable:
         """add_hook as a decorator."""
@@ -3611,7 +3592,9 @@ class App:
     def _handle(self, environ: Dict[str, Any]) -> Any:
         """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
         try:
-            out: Any = run_hooks(self._before) if self._before else None
+            out: Any = None
+            if self._before:
+                out = next((it for it in run_hooks(self._before) if isinstance(it, Response)), None)
             if out is None:
                 found = self._find(environ)
                 route, args = found[3], found[4]
@@ -3628,10 +3611,9 @@ class App:
             out = self._apply(out, environ)
         if self._after:
             try:
-                for hook in self._after:
-                    hook()
+                deque(run_hooks(self._after), maxlen=0)
             except Exception as error:
-                close_body(out)
+                close_it(out)
                 out = self._apply(error if isinstance(error, HTTPResponse) else
                                   self.failure(error, environ), environ)
         return out
@@ -3693,7 +3675,7 @@ class App:
                 return self._cast(self._apply(out[0], request.environ))
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
-            return self._cast_iterator(FileWrapper(out))
+            return self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
         if isinstance(out, FileWrapper):  # a range, or of a mounted application
             return out
         if hasattr(out, "read"):
@@ -3793,11 +3775,11 @@ class App:
             try:
                 start_response(status, headers)
             except BaseException:
-                close_body(out)
+                close_it(out)
                 raise
             if has_body and not is_head:
                 return out
-            close_body(out)
+            close_it(out)
             return []
         finally:
             CURRENT.reset(token)
@@ -3840,19 +3822,16 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def run_hooks(hooks: List[Callable]) -> Optional[Response]:
-    """Call each; the first Response that one returns ends it."""
+def run_hooks(hooks: List[Callable], *args: object, **kwargs: object) -> Iterator:
+    """Call each: what they return."""
     for hook in hooks:
-        out = hook()
-        if isinstance(out, Response):
-            return out
-    return None
+        yield hook(*args, **kwargs)
 
 
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
     def close() -> None:
-        close_body(out)
+        close_it(out)
         for file in files:
             file.close()
     if type(out) is bytes:
@@ -3873,11 +3852,7 @@ def encode_piece(piece: object, encoding: str) -> bytes:
 
 def printable(text: object) -> str:
     """For a log line: control characters and what is not ASCII escaped."""
-    return str(text).translate(ESCAPES).encode("ascii", "backslashreplace").decode("ascii")
-
-
-ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
-ESCAPES.update({ord('"'): '\\"', ord("\\"): "\\\\"})
+    return str(text).encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
 # === 11. Test client ==========================================================
@@ -3971,25 +3946,14 @@ class TestClient:
         return environ
 
     def _call(self, environ: Dict[str, Any]) -> Answer:
-        started: list = []
-        pieces: List[bytes] = []
-
-        def start_response(status: str, headers: list, exc_info: object = None) -> Callable:
-            check_status(status)
-            started[:] = status, [tuple(pair) for pair in headers]
-            for pair in started[1]:
-                format_field(pair)
-            return pieces.append
-
-        result = self.app(environ, start_response)
+        (status, headers, _), body = call_wsgi(self.app, environ)
         try:
-            pieces.extend(result)
+            check_status(status)
+            for pair in headers:
+                format_field(tuple(pair))
+            return Answer(status, headers, body if type(body) is bytes else b"".join(body))
         finally:
-            if hasattr(result, "close"):
-                result.close()
-        if not started:
-            raise RuntimeError("the application did not call start_response")
-        return Answer(started[0], started[1], b"".join(pieces))
+            close_it(body)
 
 
 # === 12. Event loop ===========================================================
@@ -6172,7 +6136,8 @@ def install_as_bottle() -> None:
 
 # -- running --
 
-NORUN = False  # run() does nothing, for load_app()
+NORUN = False      # run() does nothing, for load_app()
+set_debug = debug  # in run(), debug is an argument
 
 
 class ServerAdapter:
@@ -6242,15 +6207,20 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
         return
     if reloader:
         print_line("run(reloader=True) does not reload here")
-    app = default_app() if app is None else load_app(app) if isinstance(app, str) else app
-    configure(app, plugins, config, debug)
+    made: Any = load_app(app) if isinstance(app, str) else default_app() if app is None else app
+    if debug is not None:
+        set_debug(debug)
+    for plugin in plugins or ():
+        made.install(load(plugin) if isinstance(plugin, str) else plugin)
+    if config:
+        made.config.update(config)
     adapter = make_adapter(server, host, port, options)
     if adapter is not None:
         adapter.quiet = adapter.quiet or quiet
         if not adapter.quiet:
             print_line(f"{type(adapter).__name__} on {adapter.host}:{adapter.port}")
         try:
-            return adapter.run(app)
+            return adapter.run(made)
         except KeyboardInterrupt:
             return
     unknown = sorted(set(options) - set(SETTING_DEFAULTS))
@@ -6259,21 +6229,10 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     options = {"bind": join_port(host, port), "quiet": quiet,
                **{name: value for name, value in options.items() if name not in unknown}}
     if running is not None:
-        return running(app, options)
-    status = start(lambda: app, options, {}, is_target=False)
+        return running(made, options)
+    status = start(lambda: made, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
-
-
-def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict],
-              mode: Optional[bool]) -> None:
-    """What run() is given for an App, and the mode of debug()."""
-    if mode is not None:
-        debug(mode)
-    for plugin in plugins or ():
-        app.install(load(plugin) if isinstance(plugin, str) else plugin)
-    if config:
-        app.config.update(config)
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -6290,7 +6249,9 @@ def load_target(target: str) -> Optional[Callable]:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # something that the module itself wants to import
-        raise UsageError(f"no module {module_name!r}; here is {names_here()}") from None
+        here = sorted(name[:-3] for name in os.listdir() if name.endswith(".py"))[:20]
+        raise UsageError(f"no module {module_name!r}; here is "
+                         f"{', '.join(here) or 'no Python file'}") from None
     where = module_name
     for part in name.split("."):
         if not hasattr(found, part):
@@ -6305,40 +6266,25 @@ def load_target(target: str) -> Optional[Callable]:
 TARGET = r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?"
 
 
-def names_here() -> str:
-    """The modules of the current directory."""
-    names = sorted(entry[:-3] for entry in os.listdir(".") if entry.endswith(".py"))
-    return ", ".join(names[:20]) or "no Python file"
-
-
 def as_application(found: Any, target: str) -> Optional[Callable]:
     """An App or its class, a WSGI callable, or a callable without parameters that makes one."""
-    if isinstance(found, type) and issubclass(found, App):
-        return found()
-    if isinstance(found, App):
-        return found
     if not callable(found):
         raise UsageError(f"{target} is {type(found).__name__}, not an application or a function")
-    required = required_parameters(found)
-    if required not in (0, 2):
+    required = 2 if isinstance(found, App) else required_parameters(found)
+    if required == 0:
+        found = found()
+        if found is not None and not callable(found):
+            raise UsageError(f"{target}() returned {type(found).__name__}, not an application")
+    elif required != 2:
         raise UsageError(f"{target} takes {required} arguments; a WSGI application takes two, and "
                          "a function that makes or runs one takes none")
-    if required == 0:
-        made = found()
-        if made is not None and not callable(made):
-            raise UsageError(f"{target}() returned {type(made).__name__}, not an application")
-        return made
     return found
 
 
 def required_parameters(function: Callable) -> int:
     """How many arguments a call must give; 2 (WSGI) where that cannot be seen."""
-    import inspect
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 2
-    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+    parameters = signature_of(function)
+    if parameters is None or any(p.kind == p.VAR_POSITIONAL for p in parameters):
         return 2
     return sum(1 for p in parameters if p.default is p.empty
                and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
