@@ -2013,9 +2013,10 @@ def do_nothing(*args: object) -> None:
     """What stands for a function that is not there."""
 
 
-def close_it(thing: object) -> None:
-    """Close it, if that can be done."""
-    getattr(thing, "close", do_nothing)()
+def close_all(*things: object) -> None:
+    """Close what of these can be closed."""
+    for thing in things:
+        getattr(thing, "close", do_nothing)()
 
 
 class FileWrapper:
@@ -2039,7 +2040,7 @@ class FileWrapper:
         return piece
 
     def close(self) -> None:
-        close_it(self.file)
+        close_all(self.file)
 
 
 class Body:
@@ -2050,7 +2051,7 @@ class Body:
 
     def __init__(self, out: Iterable) -> None:
         run: Any = copy_context().run
-        self.close: Callable = partial(run, close_it, out)
+        self.close: Callable = partial(run, close_all, out)
         try:
             steps = map(run, repeat(run(iter, out).__next__))
             first = next(filter(None, steps), b"")
@@ -2085,7 +2086,7 @@ def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
         body = Body(result)
         body.pieces = chain(written, body.pieces)
     if not head:
-        close_it(body)
+        close_all(body)
         raise RuntimeError("the application did not call start_response")
     return head, body
 
@@ -2184,7 +2185,7 @@ class GzipMiddleware:
             headers, compress = negotiate_gzip(environ, status, headers, length, self.minimum)
             start_response(status, headers, *[exc_info] if exc_info else [])
         except BaseException:
-            close_it(body)
+            close_all(body)
             raise
         compress = compress and environ["REQUEST_METHOD"] != "HEAD"
         if length is not None:
@@ -2505,18 +2506,13 @@ class Router:
 
     def flatten(self, rule: str, parts: list) -> Tuple[str, str, List[Optional[str]], bool]:
         """(pattern, pattern without names, segments up to a wildcard that spans them, whether)."""
-        pattern = flat = ""
+        pattern = flat = shape = ""
         names: Set[str] = set()
-        segments: List[Optional[str]] = [""]
-        spans = False
         for part in parts:
             if type(part) is str:
                 pattern += re.escape(part)
                 flat += re.escape(part)
-                if not spans:
-                    first, *others = part.split("/")
-                    segments[-1] = None if segments[-1] is None else segments[-1] + first
-                    segments += others
+                shape += part
                 continue
             name, kind, regex = part[:3]
             if name and name in names:
@@ -2524,12 +2520,10 @@ class Router:
             names.add(name)
             pattern += f"(?P<{name}>{regex})" if name else f"(?:{regex})"
             flat += f"(?:{regex})"
-            if not spans and kind not in NO_SLASH:
-                spans = True
-                segments.pop()
-            elif not spans:
-                segments[-1] = None
-        return pattern, flat, segments, spans
+            shape += "\0" if kind in NO_SLASH else "\1"
+        shape, spans, _ = shape.partition("\1")
+        texts = shape.split("/")[:-1] if spans else shape.split("/")
+        return pattern, flat, [None if "\0" in text else text for text in texts], bool(spans)
 
     def find(self, method: str, path: str) -> Optional[tuple]:
         """(target, rule, match), or None; rule and match are None for a static rule. As Bottle:
@@ -2932,11 +2926,8 @@ class ConfigDict(dict):
             raise KeyError(key)
         return self._source[key]
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or self._source is not None and key in self._source
-
-    def get(self, key: str, default: object = None) -> Any:
-        return self[key] if key in self else default
+    # unlike dict's own these ask __missing__()
+    get, __contains__ = Mapping.get, Mapping.__contains__  # type: ignore[assignment]
 
     def setdefault(self, key: str, value: object = None) -> Any:
         if key not in self:
@@ -3249,7 +3240,7 @@ class Mount:
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
         if exc_info:
-            close_it(body)
+            close_all(body)
             raise exc_info[1]
         answer = HTTPResponse(body, status)
         for name, value in headers:
@@ -3454,7 +3445,7 @@ class App:
                    or plugin in (it, type(it), getattr(it, "name", it))]
         for gone in removed:
             self.plugins.remove(gone)
-            close_it(gone)
+            close_all(gone)
         if removed:
             self.reset()
         return removed
@@ -3468,8 +3459,7 @@ class App:
 
     def close(self) -> None:
         """Close the plugins."""
-        for plugin in self.plugins:
-            close_it(plugin)
+        close_all(*self.plugins)
 
     get, post, put, delete, patch = map(shortcut_of, ("GET", "POST", "PUT", "DELETE", "PATCH"))
 
@@ -3613,7 +3603,7 @@ class App:
             try:
                 deque(run_hooks(self._after), maxlen=0)
             except Exception as error:
-                close_it(out)
+                close_all(out)
                 out = self._apply(error if isinstance(error, HTTPResponse) else
                                   self.failure(error, environ), environ)
         return out
@@ -3775,11 +3765,11 @@ class App:
             try:
                 start_response(status, headers)
             except BaseException:
-                close_it(out)
+                close_all(out)
                 raise
             if has_body and not is_head:
                 return out
-            close_it(out)
+            close_all(out)
             return []
         finally:
             CURRENT.reset(token)
@@ -3830,15 +3820,11 @@ def run_hooks(hooks: List[Callable], *args: object, **kwargs: object) -> Iterato
 
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
-    def close() -> None:
-        close_it(out)
-        for file in files:
-            file.close()
     if type(out) is bytes:
-        close()
+        close_all(*files)
         return out
     body = Body(out)
-    body.close = close
+    body.close = partial(close_all, out, *files)
     return body
 
 
@@ -3953,7 +3939,7 @@ class TestClient:
                 format_field(tuple(pair))
             return Answer(status, headers, body if type(body) is bytes else b"".join(body))
         finally:
-            close_it(body)
+            close_all(body)
 
 
 # === 12. Event loop ===========================================================
