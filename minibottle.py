@@ -2398,19 +2398,29 @@ class Rule:
         """Made when first needed: compiling takes 100 us."""
         return re.compile(self.pattern, re.DOTALL).fullmatch
 
+    def convert(self, match: Match) -> dict:
+        """The arguments of a call, by what the filters make of the wildcards."""
+        args = match.groupdict()
+        try:
+            for name, convert in self.converters:
+                args[name] = convert(args[name])
+        except ValueError:
+            raise HTTPError(400, "Path has wrong format.") from None
+        return args
+
 
 class RouteTable:
     """The rules of one method."""
 
     def __init__(self) -> None:
-        self.static: Dict[str, tuple] = {}  # path -> (target, None, None)
+        self.static: Dict[str, tuple] = {}  # path -> (target, NO_ARGS)
         self.rules: Dict[str, Rule] = {}    # pattern without names -> rule
         # (count of segments, whether more may follow, places of the static ones)
         # -> {the segments at these places: patterns}
         self.shapes: Dict[tuple, Dict[tuple, List[str]]] = {}
 
-    def find_rule(self, path: str) -> Optional[Tuple[object, Rule, Match]]:
-        """(target, rule, match) of the first rule with wildcards that fits."""
+    def find_rule(self, path: str) -> Optional[tuple]:
+        """(target, what makes its arguments) of the first rule with wildcards that fits."""
         segments = path.split("/")
         length = len(segments)
         fitting: List[str] = []
@@ -2423,7 +2433,7 @@ class RouteTable:
         for rule in rules:
             match = rule.match(path)
             if match:
-                return rule.target, rule, match
+                return rule.target, partial(rule.convert, match)
         return None
 
     def place(self, pattern: str, segments: List[Optional[str]], spans: bool) -> None:
@@ -2460,7 +2470,7 @@ class Router:
             table = self.tables[method] = RouteTable()
             self.orders = {}
         if all(type(part) is str for part in parts):
-            table.static["".join(parts)] = target, None, None
+            table.static["".join(parts)] = target, NO_ARGS
             return
         pattern, flat, segments, spans = self.flatten(rule, parts)
         known = table.rules.get(flat)
@@ -2526,8 +2536,8 @@ class Router:
         return pattern, flat, [None if "\0" in text else text for text in texts], bool(spans)
 
     def find(self, method: str, path: str) -> Optional[tuple]:
-        """(target, rule, match), or None; rule and match are None for a static rule. As Bottle:
-        PROXY, then the method (for HEAD then GET), then ANY; of each the static rules first."""
+        """(target, arguments, or what makes them: a filter may be slow), or None. As Bottle: PROXY,
+        then the method (for HEAD then GET), then ANY; of each the static rules first."""
         for table in self.orders.get(method) or self.order_of(method):
             found = table.static.get(path) or table.rules and table.find_rule(path)
             if found:
@@ -2564,7 +2574,7 @@ class Router:
         found = self.find(method, path)
         if found is None:
             raise self.refusal(method, path)
-        return found[0], convert_args(*found[1:]) if found[1] else {}
+        return found[0], {} if found[1] is NO_ARGS else found[1]()
 
     def refusal(self, method: str, path: str) -> HTTPResponse:
         """404 or 405; also the 204 to OPTIONS where no target takes it (RFC 9110 9.3.7)."""
@@ -2598,15 +2608,7 @@ class Router:
         return path + ("?" + urlencode(args, doseq=True) if args else "")
 
 
-def convert_args(rule: Rule, match: Match) -> dict:
-    """The arguments of a call, by what the filters of the rule make of its wildcards."""
-    args = match.groupdict()
-    try:
-        for name, convert in rule.converters:
-            args[name] = convert(args[name])
-    except ValueError:
-        raise HTTPError(400, "Path has wrong format.") from None
-    return args
+NO_ARGS: dict = {}
 
 
 # === 9. Templates =============================================================
@@ -3318,9 +3320,9 @@ def run_handler(cls: Any, /, **args: object) -> object:
             if hasattr(out, "__next__"):
                 out = Body(out)
         except Exception as error:
-            if isinstance(error, HTTPResponse) and not isinstance(error, HTTPError):
-                raise
             page = own.app.failure(error, own.environ)
+            if not isinstance(page, HTTPError):
+                raise
             handler.response.merge(page)
             handler.written.clear()
             out = handler.on_error(page)
@@ -3534,7 +3536,7 @@ class App:
         return LATE if plan is EARLY and (self._before or wrapped) else plan
 
     def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
-        """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
+        """(self, method, PATH_INFO, route, arguments or what makes them), or None."""
         method = environ["REQUEST_METHOD"]
         info = environ.get("PATH_INFO", "")
         known = self.router.memo.get(method)
@@ -3547,11 +3549,8 @@ class App:
             return None
         if found is None:
             return None
-        route, rule, match = found
-        if rule:
-            return self, method, info, route, (rule, match)
-        found = self, method, info, route, NO_ARGS
-        if method in VERBS:
+        found = self, method, info, *found
+        if found[4] is NO_ARGS and method in VERBS:
             self.router.memo.setdefault(method, {})[info] = found
         return found
 
@@ -3568,8 +3567,8 @@ class App:
                 environ.setdefault("minibottle.response", answer)  # FAST: no need to copy it
                 raise answer
             environ["minibottle.route"] = found
-        if type(found[4]) is tuple:
-            found = environ["minibottle.route"] = found[:4] + (convert_args(*found[4]),)
+        if type(found[4]) is not dict:
+            found = environ["minibottle.route"] = found[:4] + (found[4](),)
         return found
 
     def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
@@ -3593,8 +3592,6 @@ class App:
                     out = call(request=Request(environ), **args)
                 else:  # FAST: a call without ** is half a microsecond shorter
                     out = call(**args) if args else call()
-        except HTTPResponse as answer:
-            out = answer
         except Exception as error:
             out = self.failure(error, environ)
         if isinstance(out, Response):
@@ -3604,8 +3601,7 @@ class App:
                 deque(run_hooks(self._after), maxlen=0)
             except Exception as error:
                 close_all(out)
-                out = self._apply(error if isinstance(error, HTTPResponse) else
-                                  self.failure(error, environ), environ)
+                out = self._apply(self.failure(error, environ), environ)
         return out
 
     def _apply(self, out: Response, environ: Dict[str, Any]) -> object:
@@ -3615,14 +3611,12 @@ class App:
             own.merge(out)
         return out if isinstance(out, HTTPError) else out.body
 
-    def failure(self, error: BaseException, environ: Dict[str, Any]) -> HTTPError:
-        """The HTTPError for an exception, which is logged if it is no fault of the client's."""
-        if isinstance(error, HTTPError):
+    def failure(self, error: BaseException, environ: Dict[str, Any]) -> HTTPResponse:
+        """The answer to an exception, which is logged if it is no fault of the client's."""
+        if isinstance(error, HTTPResponse):
             return error
-        if isinstance(error, BadRequest):
-            return HTTPError(error.status, str(error), error)
-        if isinstance(error, ClientGone):
-            return HTTPError(400, str(error), error)
+        if isinstance(error, (BadRequest, ClientGone)):
+            return HTTPError(getattr(error, "status", 400), str(error), error)
         if not self.catchall:
             raise error
         log.error("%s %s: unhandled exception", printable(environ.get("REQUEST_METHOD", "?")),
@@ -3660,9 +3654,7 @@ class App:
             return data
         if not out:  # None, False, 0, ()
             return b""
-        if isinstance(out, (list, tuple)):
-            if isinstance(out[0], Response):
-                return self._cast(self._apply(out[0], request.environ))
+        if isinstance(out, (list, tuple)) and not isinstance(out[0], Response):
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
             return self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
@@ -3715,10 +3707,7 @@ class App:
         return b"500 Internal Server Error: the error handler failed\n"
 
     def _cast_iterator(self, out: Iterable) -> Any:
-        try:
-            body = Body(out)
-        except HTTPResponse as answer:
-            return self._cast(self._apply(answer, request.environ))
+        body = Body(out)
         first, encoding = next(body.pieces), response.charset
         if isinstance(first, Response):
             body.close()
@@ -3745,7 +3734,7 @@ class App:
                     out, kind = self._dump_json(out), JSON
                 else:
                     out = self._cast(out)
-            except Exception as error:  # what was returned cannot be sent
+            except Exception as error:  # what was returned cannot be sent, or raised another answer
                 out = self._cast(self._apply(self.failure(error, environ), environ))
             answer = environ.get("minibottle.response")
             is_head = environ["REQUEST_METHOD"] == "HEAD"
@@ -3778,12 +3767,10 @@ class App:
 class AppStack(list):
     """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
 
-    @property
-    def default(self) -> App:
+    def __call__(self) -> App:
         return self[-1] if self else self.push()
 
-    def __call__(self) -> App:
-        return self.default
+    default = property(__call__)
 
     def push(self, app: Optional[App] = None) -> App:
         self.append(app if isinstance(app, App) else App())
@@ -3794,7 +3781,6 @@ class AppStack(list):
 
 app = apps = default_app = AppStack()
 Bottle = App
-NO_ARGS: dict = {}
 HTML = ("Content-Type", Response.default_content_type)
 JSON = ("Content-Type", "application/json")
 BODILESS = (100, 101, 204, 304)
@@ -6156,10 +6142,9 @@ class WSGIRefServer(ServerAdapter):
             self.srv.serve_forever()
 
 
-BUILTIN = ("minibottle", "auto")
-server_names: Dict[str, Any] = dict.fromkeys((*BUILTIN, *(
-    "aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn meinheld paste "
-    "rocket tornado twisted uvloop waitress").split()))  # None: the server of this file
+server_names: Dict[str, Any] = dict.fromkeys((  # None: the server of this file
+    "minibottle auto aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn "
+    "meinheld paste rocket tornado twisted uvloop waitress").split())
 server_names["wsgiref"] = WSGIRefServer
 
 
@@ -6168,7 +6153,7 @@ def make_adapter(server: Any, host: str, port: Any, options: dict) -> Optional[S
     if isinstance(server, str):
         name, server = server, server_names[server] if server in server_names else load(server)
         if server is None:
-            if name not in BUILTIN:
+            if name not in ("minibottle", "auto"):
                 print_line(f"server={name!r}: minibottle serves by itself")
             return None
     if isinstance(server, type):
