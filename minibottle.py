@@ -95,7 +95,7 @@ from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
 from http import HTTPStatus
 from importlib import import_module
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from urllib.parse import (SplitResult, quote, unquote, unquote_to_bytes, urlencode, urljoin)
 
 TYPE_CHECKING = False
@@ -6176,8 +6176,8 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     running: Any = sys.modules.get("minibottle.running")
     if NORUN:
         return
-    if reloader:
-        print_line("run(reloader=True) does not reload here")
+    if reloader and running is None:
+        keep_reloading(interval)
     made: Any = load_app(app) if isinstance(app, str) else default_app() if app is None else app
     if debug is not None:
         set_debug(debug)
@@ -6204,6 +6204,44 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     status = start(lambda: made, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
+
+
+def keep_reloading(interval: float) -> None:
+    """Run this command line in a child, and anew when a file changes; in the child: do nothing.
+
+    A child that fails, maybe over half an edit, has its successor after the next change.
+    """
+    if "BOTTLE_CHILD" in os.environ or threading.current_thread() is not threading.main_thread():
+        return
+    import subprocess
+    command = [sys.executable, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]]
+    handle(dict.fromkeys((signal.SIGTERM, signal.SIGINT), lambda number, frame: sys.exit()))
+    while True:
+        seen = python_files()
+        child = subprocess.Popen(command, env={**os.environ, "BOTTLE_CHILD": "true"})
+        try:
+            while python_files() == seen:
+                time.sleep(interval)
+                if child.poll() == 0:
+                    sys.exit()
+        finally:
+            child.terminate()
+            child.wait()
+
+
+def python_files() -> Dict[str, float]:
+    """{path: when it was changed} of what is imported, or lies below the program's folder."""
+    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    for folder, folders, names in islice(os.walk(sys.path[0] or "."), 1000):
+        folders[:] = [name for name in folders if name[0] not in "._" and name != "site-packages"]
+        paths.update(os.path.join(folder, name) for name in names if name.endswith(".py"))
+    times = {}
+    for path in filter(None, paths):
+        try:
+            times[path] = os.path.getmtime(path)
+        except OSError:  # it has gone
+            pass
+    return times
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -6289,6 +6327,7 @@ def make_parser() -> Any:
     parser.add_argument("-s", "--server", metavar="NAME",
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
+    parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
     return parser
 
 
@@ -6306,6 +6345,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     debug(given["debug"])
     try:
         Settings(**flags)
+        if given["reload"]:
+            keep_reloading(1.0)
         load = partial(load_target, given["target"])
         if given["server"]:
             app = load()

@@ -7623,6 +7623,44 @@ class CommandOptionsTest(PooledTest):
             self.assertEqual((server.stop(), server.err), (0, [None]))
 
 
+class ReloadTest(PooledTest):
+    """run(reloader=True) and --reload."""
+
+    def check_reload(self, start, *args):
+        with socket.socket() as sock, tempfile.TemporaryDirectory() as folder:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+            sock.close()
+            moments = itertools.count(int(time.time()))
+
+            def edit(text):
+                path = os.path.join(folder, "texts")
+                with open(path, "w") as file:
+                    file.write(text)
+                os.utime(path, (next(moments),) * 2)
+                os.replace(path, path + ".py")
+            with open(os.path.join(folder, "edited.py"), "w") as file:
+                file.write("import minibottle, texts\napp = minibottle.default_app()\n"
+                           "app.get('/', callback=lambda: texts.text)\nif __name__ == '__main__':\n"
+                           "    minibottle.run(port=%d, reloader=True, interval=0.1)\n" % port)
+            edit("text = 'first'")
+            with Command(*args, "--bind=127.0.0.1:%d" % port, start=start, bind=False,
+                         cwd=folder) as server:
+                url = server.started().url
+                self.assertEqual((url, fetch(url)[2]), ("http://127.0.0.1:%d" % port, b"first"))
+                edit("text = ")
+                server.wait_for("SyntaxError")
+                edit("text = 'second'")
+                self.assertTrue(wait_until(lambda: is_served(url)))
+                self.assertEqual(fetch(url)[2], b"second")
+                self.assertEqual(server.stop(), 0)
+                self.assertFalse(is_served(url))
+
+    def test_a_server_starts_anew_when_a_file_changes_even_after_half_an_edit(self):
+        at_once(self.check_reload, [
+            (("edited.py",),), (("-m", "minibottle"), "edited:app", "--reload")])
+
+
 class CommandOnPoorSystemTest(PooledTest):
     """What may be missing where the server runs: it serves, and says at most one line."""
 
