@@ -2553,18 +2553,6 @@ class Router:
             self.orders[method] = tables
         return tables
 
-    def allowed(self, path: str, but: str) -> List[str]:
-        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1), where method
-        `but` has none."""
-        asked = self.order_of(but)
-        methods = {name for name, table in self.tables.items() if table not in asked
-                   and (path in table.static or table.find_rule(path))}
-        if methods:
-            methods.add("OPTIONS")
-        if "GET" in methods:
-            methods.add("HEAD")
-        return sorted(methods)
-
     def match(self, environ: Dict[str, Any]) -> Tuple[object, dict]:
         """(target, arguments) for a REQUEST_METHOD and a PATH_INFO that is decoded text.
 
@@ -2577,13 +2565,18 @@ class Router:
         return found[0], {} if found[1] is NO_ARGS else found[1]()
 
     def refusal(self, method: str, path: str) -> HTTPResponse:
-        """404 or 405; also the 204 to OPTIONS where no target takes it (RFC 9110 9.3.7)."""
-        methods = self.allowed(path, method)
+        """404, or 405 with the methods that have a target (RFC 9110 10.2.1); also the 204 to
+        OPTIONS where no target takes it (RFC 9110 9.3.7)."""
+        asked = self.order_of(method)
+        methods = {name for name, table in self.tables.items() if table not in asked
+                   and (path in table.static or table.find_rule(path))}
         if not methods:
             return HTTPError(404, f"Not found: {path!r}")
+        methods.update(["OPTIONS", "HEAD"] if "GET" in methods else ["OPTIONS"])
+        allow = ", ".join(sorted(methods))
         if method.upper() == "OPTIONS":
-            return HTTPResponse("", 204, Allow=", ".join(methods))
-        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+            return HTTPResponse("", 204, Allow=allow)
+        return HTTPError(405, "Method not allowed.", Allow=allow)
 
     def build(self, name: str, /, *anonymous: object, **args: object) -> str:
         """("/a/<n:int>", n=1, q="x") -> "/a/1?q=x", percent-encoded. Raises RouteBuildError.
@@ -3320,7 +3313,7 @@ def run_handler(cls: Any, /, **args: object) -> object:
             if hasattr(out, "__next__"):
                 out = Body(out)
         except Exception as error:
-            page = own.app.failure(error, own.environ)
+            page = own.app.failure(error)
             if not isinstance(page, HTTPError):
                 raise
             handler.response.merge(page)
@@ -3547,11 +3540,10 @@ class App:
             found = self.router.find(method, wsgi_to_text(info) or "/")
         except UnicodeError:
             return None
-        if found is None:
-            return None
-        found = self, method, info, *found
-        if found[4] is NO_ARGS and method in VERBS:
-            self.router.memo.setdefault(method, {})[info] = found
+        if found:
+            found = self, method, info, *found
+            if found[4] is NO_ARGS and method in VERBS:
+                self.router.memo.setdefault(method, {})[info] = found
         return found
 
     def _find(self, environ: Dict[str, Any]) -> tuple:
@@ -3593,25 +3585,25 @@ class App:
                 else:  # FAST: a call without ** is half a microsecond shorter
                     out = call(**args) if args else call()
         except Exception as error:
-            out = self.failure(error, environ)
+            out = self.failure(error)
         if isinstance(out, Response):
-            out = self._apply(out, environ)
+            out = self._apply(out)
         if self._after:
             try:
-                deque(run_hooks(self._after), maxlen=0)
+                list(run_hooks(self._after))
             except Exception as error:
                 close_all(out)
-                out = self._apply(self.failure(error, environ), environ)
+                out = self._apply(self.failure(error))
         return out
 
-    def _apply(self, out: Response, environ: Dict[str, Any]) -> object:
+    def _apply(self, out: Response) -> object:
         """Status, headers and cookies of a returned or raised Response onto the request's own."""
-        own = response_of(environ)
+        own = response_of(request.environ)
         if out is not own and not isinstance(out, LocalResponse):
             own.merge(out)
         return out if isinstance(out, HTTPError) else out.body
 
-    def failure(self, error: BaseException, environ: Dict[str, Any]) -> HTTPResponse:
+    def failure(self, error: BaseException) -> HTTPResponse:
         """The answer to an exception, which is logged if it is no fault of the client's."""
         if isinstance(error, HTTPResponse):
             return error
@@ -3619,8 +3611,8 @@ class App:
             return HTTPError(getattr(error, "status", 400), str(error), error)
         if not self.catchall:
             raise error
-        log.error("%s %s: unhandled exception", printable(environ.get("REQUEST_METHOD", "?")),
-                  printable(environ.get("PATH_INFO", "?")), exc_info=error)
+        method, path = request.get("REQUEST_METHOD", "?"), request.get("PATH_INFO", "?")
+        log.error("%s %s: unhandled exception", printable(method), printable(path), exc_info=error)
         return HTTPError(500, "Internal Server Error", error)
 
     def default_error_handler(self, res: HTTPError) -> object:
@@ -3648,13 +3640,13 @@ class App:
         if isinstance(out, (bytes, bytearray, memoryview)):
             return bytes(out)
         if isinstance(out, dict) or isinstance(out, list) and not (
-                out and isinstance(out[0], (str, bytes, Response))):
+                out and isinstance(out[0], (str, bytes, HTTPResponse))):
             data = self._dump_json(out)
             response.content_type = "application/json"
             return data
         if not out:  # None, False, 0, ()
             return b""
-        if isinstance(out, (list, tuple)) and not isinstance(out[0], Response):
+        if isinstance(out, (list, tuple)):
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
             return self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
@@ -3696,7 +3688,7 @@ class App:
             if out is error:
                 raise RuntimeError("it returned what it was given")
             if isinstance(out, Response):
-                out = self._apply(out, request.environ)
+                out = self._apply(out)
             if isinstance(out, HTTPError):  # another error: its own text, or its default page
                 out = self.default_error_handler(out) if out.body is None else out.body
             return self._cast(out)
@@ -3708,12 +3700,9 @@ class App:
 
     def _cast_iterator(self, out: Iterable) -> Any:
         body = Body(out)
-        first, encoding = next(body.pieces), response.charset
-        if isinstance(first, Response):
-            body.close()
-            return self._cast(self._apply(first, request.environ))
+        encoding = response.charset  # which the code before the first piece may have set
         try:
-            first = encode_piece(first, encoding)
+            first = encode_piece(next(body.pieces), encoding)
         except Exception:
             body.close()
             raise
@@ -3735,7 +3724,7 @@ class App:
                 else:
                     out = self._cast(out)
             except Exception as error:  # what was returned cannot be sent, or raised another answer
-                out = self._cast(self._apply(self.failure(error, environ), environ))
+                out = self._cast(self._apply(self.failure(error)))
             answer = environ.get("minibottle.response")
             is_head = environ["REQUEST_METHOD"] == "HEAD"
             if answer is None:
@@ -3815,10 +3804,13 @@ def closing_too(out: Any, files: list) -> Any:
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
+    """To bytes; the first may also be another answer, as if it were raised."""
     if isinstance(piece, str):
         return piece.encode(encoding)
     if isinstance(piece, bytes):
         return piece
+    if isinstance(piece, HTTPResponse):
+        raise piece
     raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
 
 
