@@ -2078,7 +2078,7 @@ def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
         return written.append
 
     result = app(environ, start_response)
-    if isinstance(result, list) and result:
+    if type(result) is list and result:  # of HEAD it may be empty, and not be the whole
         body = b"".join(written + result)
     elif type(result) is FileWrapper:
         body = result
@@ -3234,12 +3234,15 @@ class Mount:
             (status, headers, exc_info), body = call_wsgi(self.app, inner)
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
-        if exc_info:
+        try:
+            if exc_info:
+                raise exc_info[1]
+            answer = HTTPResponse(body, status)
+            for name, value in headers:
+                answer.add_header(name, wsgi_to_text(value, "replace"))
+        except BaseException:
             close_all(body)
-            raise exc_info[1]
-        answer = HTTPResponse(body, status)
-        for name, value in headers:
-            answer.add_header(name, wsgi_to_text(value, "replace"))
+            raise
         return answer
 
 
@@ -6325,17 +6328,14 @@ def make_parser() -> Any:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        given = vars(make_parser().parse_args(argv))
-    except UsageError as error:
-        return report(error)
-    flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
     import logging
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
-    debug(given["debug"])
     try:
+        given = vars(make_parser().parse_args(argv))
+        flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
+        debug(given["debug"])
         Settings(**flags)
         if given["reload"]:
             keep_reloading(1.0)

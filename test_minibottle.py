@@ -2632,6 +2632,13 @@ class GzipMiddlewareTest(UnitTest):
         return GzipMiddleware(app)({"REQUEST_METHOD": "GET", "HTTP_ACCEPT_ENCODING": "gzip"},
                                    start_response)
 
+    def test_a_whole_body_is_compressed_at_once(self):
+        for pieces, expected in ((self.PIECES, True), ([b"a" * 999], False)):
+            out = self.run_middleware(
+                lambda environ, start_response: start_response("200 OK", [HTML]) and 0 or pieces)
+            self.assertEqual(gzip.decompress(out[0]) if expected else out[0], b"".join(pieces))
+            self.assertEqual(len(out), 1)
+
     def test_what_it_wraps_is_closed_once(self):
         for pieces, error in (((b"a" * 5000, b"b"), None), ((), None),
                               ((b"a", ZeroDivisionError()), ZeroDivisionError)):
@@ -2652,6 +2659,14 @@ class GzipMiddlewareTest(UnitTest):
             with self.assertRaises(error):
                 self.run_middleware(lambda environ, start_response: inner)
             self.assertEqual(inner.closed, 1)
+
+    def test_what_the_server_does_not_take_is_closed_too(self):
+        inner = Closable((b"a",))
+        with self.assertRaises(ZeroDivisionError):
+            self.run_middleware(lambda environ, start_response:
+                                start_response("200 OK", [HTML]) and 0 or inner,
+                                lambda *args: 1 // 0)
+        self.assertEqual(inner.closed, 1)
 
     def test_exc_info_after_the_head_reaches_the_server(self):
         """PEP 3333: a server that has sent the head raises it, and so breaks the answer off."""
@@ -4567,6 +4582,7 @@ class SignatureTest(UnitTest):
         app.add_route(minibottle.Route(app, "/", "GET", lambda: "own"))
         self.assertEqual([ask(app, path).text for path in ("/1", "/")], ["True!", "own"])
         self.assertIs(app.routes[0].app, other)
+        self.assertEqual(app.match(environ_of("/1")), (other.routes[0], {"x": "1"}))
 
 
 class AttributeTest(UnitTest):
@@ -4754,6 +4770,14 @@ class MountTest(UnitTest):
             self.assertEqual(ask(app, "/failing").text, "parent: ZeroDivisionError")
         self.assertEqual((ask(app, "/empty").status_code, ask(app, "/empty").body), (204, b""))
         self.assertEqual(ask(app, "/lazy", "HEAD").body, b"")
+
+    def test_what_it_cannot_send_is_a_500_and_closed(self):
+        for status, headers in (("200", []), ("200 OK", [("X-A", "a\n")])):
+            closable, app = Closable(["a"]), App()
+            app.mount("/c", lambda environ, start: start(status, headers) and 0 or closable)
+            with self.assertLogged():
+                self.assertEqual(ask(app, "/c").status_code, 500)
+            self.assertEqual(closable.closed, 1)
 
     def test_what_is_streamed_below_a_prefix_sees_its_own_request(self):
         def stream():
