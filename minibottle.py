@@ -2535,14 +2535,15 @@ class Router:
         texts = shape.split("/")[:-1] if spans else shape.split("/")
         return pattern, flat, [None if "\0" in text else text for text in texts], bool(spans)
 
-    def find(self, method: str, path: str) -> Optional[tuple]:
-        """(target, arguments, or what makes them: a filter may be slow), or None. As Bottle: PROXY,
-        then the method (for HEAD then GET), then ANY; of each the static rules first."""
+    def find(self, method: str, path: str) -> tuple:
+        """(target, arguments, or what makes them: a filter may be slow); (None, the answer), where
+        there is none. As Bottle: PROXY, then the method (for HEAD then GET), then ANY; of each the
+        static rules first."""
         for table in self.orders.get(method) or self.order_of(method):
             found = table.static.get(path) or table.rules and table.find_rule(path)
             if found:
                 return found
-        return None
+        return None, self.refusal(method, path)
 
     def order_of(self, method: str) -> List[RouteTable]:
         """The tables to ask for a method, in any case."""
@@ -2558,11 +2559,10 @@ class Router:
 
         Raises HTTPError 400, 404, 405.
         """
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"] or "/"
-        found = self.find(method, path)
-        if found is None:
-            raise self.refusal(method, path)
-        return found[0], {} if found[1] is NO_ARGS else found[1]()
+        target, args = self.find(environ["REQUEST_METHOD"], environ["PATH_INFO"] or "/")
+        if target is None:
+            raise args
+        return target, {} if args is NO_ARGS else args()
 
     def refusal(self, method: str, path: str) -> HTTPResponse:
         """404, or 405 with the methods that have a target (RFC 9110 10.2.1); also the 204 to
@@ -3522,17 +3522,16 @@ class App:
         known = self.router.memo.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
-        if found:
-            plan = found[3].plan
-            if plan is not None:
-                return plan
-        plan = found[3].callback.plan(environ) if found else EARLY
+        route = found[3]
+        if route is not None and route.plan is not None:
+            return route.plan
+        plan = EARLY if route is None else route.callback.plan(environ)
         # a hook or a middleware may yet change the path, and then somebody wants the body
         wrapped = getattr(self.wsgi, "__self__", None) is not self
         return LATE if plan is EARLY and (self._before or wrapped) else plan
 
-    def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
-        """(self, method, PATH_INFO, route, arguments or what makes them), or None."""
+    def _look_up(self, environ: Dict[str, Any]) -> tuple:
+        """(self, method, PATH_INFO, *what Router.find() found)."""
         method = environ["REQUEST_METHOD"]
         info = environ.get("PATH_INFO", "")
         known = self.router.memo.get(method)
@@ -3540,13 +3539,12 @@ class App:
         if found:
             return found
         try:
-            found = self.router.find(method, wsgi_to_text(info) or "/")
+            route, args = self.router.find(method, wsgi_to_text(info) or "/")
         except UnicodeError:
-            return None
-        if found:
-            found = self, method, info, *found
-            if found[4] is NO_ARGS and method in VERBS:
-                self.router.memo.setdefault(method, {})[info] = found
+            route, args = None, HTTPError(400, "The path is not UTF-8.")
+        found = self, method, info, route, args
+        if args is NO_ARGS and method in VERBS:
+            self.router.memo.setdefault(method, {})[info] = found
         return found
 
     def _find(self, environ: Dict[str, Any]) -> tuple:
@@ -3556,22 +3554,13 @@ class App:
                 or found[1] != environ["REQUEST_METHOD"]):  # changed since the plan, or no plan
             if "minibottle.refused" in environ:
                 raise environ["minibottle.refused"]
-            found = self._look_up(environ)
-            if found is None:
-                answer = self._not_found(environ)
-                environ.setdefault("minibottle.response", answer)  # FAST: no need to copy it
-                raise answer
-            environ["minibottle.route"] = found
+            found = environ["minibottle.route"] = self._look_up(environ)
+        if found[3] is None:
+            environ.setdefault("minibottle.response", found[4])  # FAST: no need to copy it
+            raise found[4]
         if type(found[4]) is not dict:
             found = environ["minibottle.route"] = found[:4] + (found[4](),)
         return found
-
-    def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
-        try:
-            path = wsgi_to_text(environ.get("PATH_INFO", "")) or "/"
-        except UnicodeError:
-            return HTTPError(400, "The path is not UTF-8.")
-        return self.router.refusal(environ["REQUEST_METHOD"], path)
 
     def _handle(self, environ: Dict[str, Any]) -> Any:
         """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
@@ -3665,7 +3654,7 @@ class App:
     def _dump_json(self, out: Union[dict, list]) -> bytes:
         """As the settings of the route want it."""
         found = request.environ.get("minibottle.route")
-        dumps = found and found[3].json_dumps or json_dumps_of(self.config)
+        dumps = found and found[3] and found[3].json_dumps or json_dumps_of(self.config)
         text = dumps(out)
         return text.encode("utf-8") if isinstance(text, str) else text
 
