@@ -3344,11 +3344,9 @@ class App:
         self.resources = ResourceManager()
         self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
         self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
-        self._before: List[Callable] = []  # hooks, in the order of their calls
-        self._after: List[Callable] = []
-        self._hooks: Dict[str, List[Callable]] = {
-            "before_request": self._before, "after_request": self._after,
-            "app_reset": [], "config": []}
+        self._hooks: Dict[str, List[Callable]] = {  # in the order of their calls
+            name: [] for name in ("before_request", "after_request", "app_reset", "config")}
+        self._before, self._after = self._hooks["before_request"], self._hooks["after_request"]
         self.config = ConfigDict().load_dict(config)
         self.config.update(catchall=catchall)
         self.config.update("json", enable=autojson, dump_func=json_dumps)
@@ -3523,12 +3521,13 @@ class App:
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
         route = found[3]
-        if route is not None and route.plan is not None:
-            return route.plan
-        plan = EARLY if route is None else route.callback.plan(environ)
+        plan = EARLY if route is None else route.plan
+        if plan is None:
+            plan = route.callback.plan(environ)  # of a Mount
         # a hook or a middleware may yet change the path, and then somebody wants the body
-        wrapped = getattr(self.wsgi, "__self__", None) is not self
-        return LATE if plan is EARLY and (self._before or wrapped) else plan
+        if plan is EARLY and (self._before or getattr(self.wsgi, "__self__", None) is not self):
+            return LATE
+        return plan
 
     def _look_up(self, environ: Dict[str, Any]) -> tuple:
         """(self, method, PATH_INFO, *what Router.find() found)."""
