@@ -94,7 +94,7 @@ from collections.abc import Mapping, MutableMapping
 from contextvars import ContextVar, copy_context
 from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
 from importlib import import_module
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from operator import attrgetter
 
 TYPE_CHECKING = False
@@ -2019,6 +2019,16 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
 # Bodies that are more than a string. gzip is on the fly, for any WSGI application; what it must
 # leave alone is in negotiate_gzip.
 
+def do_nothing(*args: object) -> None:
+    """What stands for a function that is not there."""
+
+
+def close_all(*things: object) -> None:
+    """Close what of these can be closed."""
+    for thing in things:
+        getattr(thing, "close", do_nothing)()
+
+
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333): iterates over a file, or `length` bytes of it from where it
     stands; our server uses sendfile instead."""
@@ -2040,28 +2050,55 @@ class FileWrapper:
         return piece
 
     def close(self) -> None:
-        if hasattr(self.file, "close"):
-            self.file.close()
+        close_all(self.file)
 
 
-class ClosingIterator:
-    """An iterator, and the close() that belongs to it: WSGI servers call that at the end."""
+class Body:
+    """What is sent in pieces: begun, so that the code before its first piece may set the head, and
+    that piece is not empty. Every step and the close() run in one context, a copy of this one."""
 
-    __slots__ = ("step", "close")
+    __slots__ = ("pieces", "close")
 
-    def __init__(self, step: Callable[[], Any], close: Callable[[], object]) -> None:
-        self.step = step
-        self.close = close
+    def __init__(self, out: Iterable) -> None:
+        run: Any = copy_context().run
+        self.close: Callable = partial(run, close_all, out)
+        try:
+            steps = map(run, repeat(run(iter, out).__next__))
+            first = next(filter(None, steps), b"")
+        except BaseException:
+            self.close()
+            raise
+        self.pieces: Iterator = chain((first,), steps)
 
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        return self.step()
+    def __iter__(self) -> Iterator:
+        return self.pieces
 
 
-def do_nothing(*args: object) -> None:
-    """The close() of what has none, and the like."""
+def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
+    """([status, headers, exc_info or None], body) of another application's answer; the body is
+    bytes, if it is whole, a FileWrapper or a Body."""
+    head: list = []
+    written: List[bytes] = []
+    body: Any = None
+
+    def start_response(status: str, headers: list, exc_info: Any = None) -> Callable:
+        if exc_info and body is not None:  # too late for another answer
+            raise exc_info[1]
+        head[:] = status, list(headers), exc_info
+        return written.append
+
+    result = app(environ, start_response)
+    if type(result) is list and result:  # of HEAD it may be empty, and not be the whole
+        body = b"".join(written + result)
+    elif type(result) is FileWrapper:
+        body = result
+    else:
+        body = Body(result)
+        body.pieces = chain(written, body.pieces)
+    if not head:
+        close_all(body)
+        raise RuntimeError("the application did not call start_response")
+    return head, body
 
 
 COMPRESSIBLE = (
@@ -2152,36 +2189,21 @@ class GzipMiddleware:
         self.level = level
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        held: list = []
-        started: List[Callable] = []
-        written: List[bytes] = []
-
-        def hold(status: str, headers: list, exc_info: object = None) -> Callable:
-            if started:  # the head is out: the server will raise
-                return started[0](status, headers, exc_info)
-            held[:] = [status, headers, exc_info]
-            return written.append
-
-        result = self.app(environ, hold)
-        close = getattr(result, "close", do_nothing)
+        (status, headers, exc_info), body = call_wsgi(self.app, environ)
+        length = len(body) if type(body) is bytes else None
         try:
-            pieces: Iterator[bytes] = chain(written, result)
-            if not held:  # a generator may start when it is first pulled
-                pieces = chain([next(pieces, b"")], pieces)
-            if not held:
-                raise RuntimeError("the application did not call start_response")
-            status, headers, exc_info = held
-            length = len(result[0]) if type(result) is list and len(result) == 1 and not written \
-                else None
-            headers, compress = negotiate_gzip(environ, status, list(headers), length, self.minimum)
+            headers, compress = negotiate_gzip(environ, status, headers, length, self.minimum)
             start_response(status, headers, *[exc_info] if exc_info else [])
         except BaseException:
-            close()
+            close_all(body)
             raise
-        started.append(start_response)
-        if compress and environ["REQUEST_METHOD"] != "HEAD":
-            pieces = iter_gzip(pieces, self.level)
-        return ClosingIterator(pieces.__next__, close)
+        compress = compress and environ["REQUEST_METHOD"] != "HEAD"
+        if length is not None:
+            return [gzip_bytes(body, self.level) if compress else body]
+        if compress:
+            body = Body(body)
+            body.pieces = iter_gzip(body.pieces, self.level)
+        return body
 
 
 # -- files by their name --
@@ -2338,9 +2360,9 @@ def send_part(answer: HTTPResponse, file: BinaryIO, etag: Any) -> HTTPResponse:
 
 
 # === 8. Router ================================================================
-# Rules to targets. A rule without wildcards is looked up in a dict. The others hang in a tree of
-# their static segments, so that 10,000 which differ in one cost as much as ten: the tree gives the
-# few that can match, and these are tried in the order of their definition.
+# Rules to targets. A rule without wildcards is looked up in a dict, the others by their static
+# segments: a dict for each shape, such as "two segments, the first static". So 10,000 rules that
+# differ in a segment cost as much as ten: the few that can match are tried in their order.
 
 class RouteError(BottleException):
     """Something is wrong with a route."""
@@ -2374,81 +2396,61 @@ FILTERS: Dict[str, Callable[[Optional[str]], FilterParts]] = {
 class Rule:
     """A rule with wildcards: its pattern, what converts its values, and its target."""
 
-    __slots__ = ("order", "pattern", "compiled", "converters", "target")
-
     def __init__(self, order: int, pattern: str, converters: List[Tuple[str, Callable]],
                  target: object) -> None:
         self.order = order            # of definition
         self.pattern = pattern        # of the whole path
-        self.compiled: Optional[Pattern] = None  # when first needed: compiling takes 100 us
         self.converters = converters  # [(name, text to value)]
         self.target = target
 
-    def match(self, path: str) -> Optional[Match]:
-        if self.compiled is None:
-            self.compiled = re.compile(self.pattern, re.DOTALL)
-        return self.compiled.fullmatch(path)
+    @cached_property
+    def match(self) -> Callable[[str], Optional[Match]]:
+        """Made when first needed: compiling takes 100 us."""
+        return re.compile(self.pattern, re.DOTALL).fullmatch
 
-
-class Node:
-    """A place in the tree of segments."""
-
-    __slots__ = ("static", "wild", "ends", "spanning")
-
-    def __init__(self) -> None:
-        self.static: Dict[str, Node] = {}  # the next segment as text
-        self.wild: Optional[Node] = None   # the next segment has a wildcard
-        self.ends: List[Rule] = []         # rules that end here
-        self.spanning: List[Rule] = []     # rules whose next wildcard may hold a slash
+    def convert(self, match: Match) -> dict:
+        """The arguments of a call, by what the filters make of the wildcards."""
+        args = match.groupdict()
+        try:
+            for name, convert in self.converters:
+                args[name] = convert(args[name])
+        except ValueError:
+            raise HTTPError(400, "Path has wrong format.") from None
+        return args
 
 
 class RouteTable:
     """The rules of one method."""
 
     def __init__(self) -> None:
-        self.static: Dict[str, tuple] = {}   # path -> (target, None, None)
-        self.root = Node()
-        self.rules: Dict[str, Rule] = {}     # pattern without names -> rule
+        self.static: Dict[str, tuple] = {}  # path -> (target, NO_ARGS)
+        self.rules: Dict[str, Rule] = {}    # pattern without names -> rule
+        # (count of segments, whether more may follow, places of the static ones)
+        # -> {the segments at these places: patterns}
+        self.shapes: Dict[tuple, Dict[tuple, List[str]]] = {}
 
-    def find_rule(self, path: str) -> Optional[Tuple[object, Rule, Match]]:
-        """(target, rule, match) of the first rule with wildcards that fits."""
-        for rule in self.candidates(path):
+    def find_rule(self, path: str) -> Optional[tuple]:
+        """(target, what makes its arguments) of the first rule with wildcards that fits."""
+        segments = path.split("/")
+        length = len(segments)
+        fitting: List[str] = []
+        for (count, spans, places), patterns in self.shapes.items():
+            if count == length or spans and count < length:
+                fitting += patterns.get(tuple(map(segments.__getitem__, places)), ())
+        rules = [self.rules[pattern] for pattern in fitting]
+        if len(rules) > 1:
+            rules.sort(key=lambda rule: rule.order)
+        for rule in rules:
             match = rule.match(path)
             if match:
-                return rule.target, rule, match
+                return rule.target, partial(rule.convert, match)
         return None
 
-    def candidates(self, path: str) -> List[Rule]:
-        """The rules whose static segments fit, in the order of their definition."""
-        segments = path.split("/")
-        last = len(segments)
-        found: List[Rule] = []
-        todo = [(self.root, 0)]
-        while todo:
-            node, depth = todo.pop()
-            found += node.spanning
-            if depth == last:
-                found += node.ends
-                continue
-            child = node.static.get(segments[depth])
-            if child is not None:
-                todo.append((child, depth + 1))
-            if node.wild is not None:
-                todo.append((node.wild, depth + 1))
-        if len(found) > 1:
-            found.sort(key=lambda rule: rule.order)
-        return found
-
-    def place(self, segments: List[Optional[str]], spans: bool) -> List[Rule]:
-        """The list in the tree where a rule of these segments (None: with a wildcard) belongs."""
-        node = self.root
-        for segment in segments:
-            if segment is None:
-                node.wild = node.wild or Node()
-                node = node.wild
-            else:
-                node = node.static.setdefault(segment, Node())
-        return node.spanning if spans else node.ends
+    def place(self, pattern: str, segments: List[Optional[str]], spans: bool) -> None:
+        """Have it tried for paths with these segments (None: any)."""
+        places = tuple(i for i, segment in enumerate(segments) if segment is not None)
+        patterns = self.shapes.setdefault((len(segments), spans, places), {})
+        patterns.setdefault(tuple(segments[i] for i in places), []).append(pattern)
 
 
 class Router:
@@ -2479,18 +2481,19 @@ class Router:
             table = self.tables[method] = RouteTable()
             self.orders = {}
         if all(type(part) is str for part in parts):
-            table.static["".join(parts)] = target, None, None
+            table.static["".join(parts)] = target, NO_ARGS
             return
         pattern, flat, segments, spans = self.flatten(rule, parts)
         known = table.rules.get(flat)
-        if known is not None:  # as Bottle: at its old place
-            known.target, known.pattern, known.compiled = target, pattern, None
-            known.converters = converters_of(parts)
-            return
-        self.count += 1
-        order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
-        made = table.rules[flat] = Rule(order, pattern, converters_of(parts), target)
-        table.place(segments, spans).append(made)
+        if known:  # as Bottle: at its old place
+            order = known.order
+        else:
+            self.count += 1
+            order = -len(segments) if method == "PROXY" else self.count  # the longest prefix first
+            table.place(flat, segments, spans)
+        converters = [(part[0], part[3]) for part in parts
+                      if type(part) is not str and part[0] and part[3]]
+        table.rules[flat] = Rule(order, pattern, converters, target)
 
     def parse(self, rule: str) -> list:
         """"/a/<n:int>" -> ["/a/", ("n", "int", pattern, to value, to text)]."""
@@ -2524,18 +2527,13 @@ class Router:
 
     def flatten(self, rule: str, parts: list) -> Tuple[str, str, List[Optional[str]], bool]:
         """(pattern, pattern without names, segments up to a wildcard that spans them, whether)."""
-        pattern = flat = ""
+        pattern = flat = shape = ""
         names: Set[str] = set()
-        segments: List[Optional[str]] = [""]
-        spans = False
         for part in parts:
             if type(part) is str:
                 pattern += re.escape(part)
                 flat += re.escape(part)
-                if not spans:
-                    first, *others = part.split("/")
-                    segments[-1] = None if segments[-1] is None else segments[-1] + first
-                    segments += others
+                shape += part
                 continue
             name, kind, regex = part[:3]
             if name and name in names:
@@ -2543,21 +2541,20 @@ class Router:
             names.add(name)
             pattern += f"(?P<{name}>{regex})" if name else f"(?:{regex})"
             flat += f"(?:{regex})"
-            if not spans and kind not in NO_SLASH:
-                spans = True
-                segments.pop()
-            elif not spans:
-                segments[-1] = None
-        return pattern, flat, segments, spans
+            shape += "\0" if kind in NO_SLASH else "\1"
+        shape, spans, _ = shape.partition("\1")
+        texts = shape.split("/")[:-1] if spans else shape.split("/")
+        return pattern, flat, [None if "\0" in text else text for text in texts], bool(spans)
 
-    def find(self, method: str, path: str) -> Optional[tuple]:
-        """(target, rule, match), or None; rule and match are None for a static rule. As Bottle:
-        PROXY, then the method (for HEAD then GET), then ANY; of each the static rules first."""
+    def find(self, method: str, path: str) -> tuple:
+        """(target, arguments, or what makes them: a filter may be slow); (None, the answer), where
+        there is none. As Bottle: PROXY, then the method (for HEAD then GET), then ANY; of each the
+        static rules first."""
         for table in self.orders.get(method) or self.order_of(method):
             found = table.static.get(path) or table.rules and table.find_rule(path)
             if found:
                 return found
-        return None
+        return None, self.refusal(method, path)
 
     def order_of(self, method: str) -> List[RouteTable]:
         """The tables to ask for a method, in any case."""
@@ -2568,37 +2565,29 @@ class Router:
             self.orders[method] = tables
         return tables
 
-    def allowed(self, path: str, but: str) -> List[str]:
-        """The methods that this path has a target for, for Allow (RFC 9110 10.2.1), where method
-        `but` has none."""
-        asked = self.order_of(but)
-        methods = {name for name, table in self.tables.items() if table not in asked
-                   and (path in table.static or table.find_rule(path))}
-        if methods:
-            methods.add("OPTIONS")
-        if "GET" in methods:
-            methods.add("HEAD")
-        return sorted(methods)
-
     def match(self, environ: Dict[str, Any]) -> Tuple[object, dict]:
         """(target, arguments) for a REQUEST_METHOD and a PATH_INFO that is decoded text.
 
         Raises HTTPError 400, 404, 405.
         """
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"] or "/"
-        found = self.find(method, path)
-        if found is None:
-            raise self.refusal(method, path)
-        return found[0], convert_args(*found[1:]) if found[1] else {}
+        target, args = self.find(environ["REQUEST_METHOD"], environ["PATH_INFO"] or "/")
+        if target is None:
+            raise args
+        return target, {} if args is NO_ARGS else args()
 
     def refusal(self, method: str, path: str) -> HTTPResponse:
-        """404 or 405; also the 204 to OPTIONS where no target takes it (RFC 9110 9.3.7)."""
-        methods = self.allowed(path, method)
+        """404, or 405 with the methods that have a target (RFC 9110 10.2.1); also the 204 to
+        OPTIONS where no target takes it (RFC 9110 9.3.7)."""
+        asked = self.order_of(method)
+        methods = {name for name, table in self.tables.items() if table not in asked
+                   and (path in table.static or table.find_rule(path))}
         if not methods:
             return HTTPError(404, f"Not found: {path!r}")
+        methods.update(["OPTIONS", "HEAD"] if "GET" in methods else ["OPTIONS"])
+        allow = ", ".join(sorted(methods))
         if method.upper() == "OPTIONS":
-            return HTTPResponse("", 204, Allow=", ".join(methods))
-        return HTTPError(405, "Method not allowed.", Allow=", ".join(methods))
+            return HTTPResponse("", 204, Allow=allow)
+        return HTTPError(405, "Method not allowed.", Allow=allow)
 
     def parts_of(self, name: str) -> Optional[list]:
         """Of a name or rule that is known here, else below."""
@@ -2630,19 +2619,7 @@ class Router:
         return path + ("?" + format_query(args) if args else "")
 
 
-def converters_of(parts: list) -> List[Tuple[str, Callable]]:
-    return [(part[0], part[3]) for part in parts if type(part) is not str and part[0] and part[3]]
-
-
-def convert_args(rule: Rule, match: Match) -> dict:
-    """The arguments of a call, by what the filters of the rule make of its wildcards."""
-    args = match.groupdict()
-    try:
-        for name, convert in rule.converters:
-            args[name] = convert(args[name])
-    except ValueError:
-        raise HTTPError(400, "Path has wrong format.") from None
-    return args
+NO_ARGS: dict = {}
 
 
 # === 9. Templates =============================================================
@@ -2958,11 +2935,8 @@ class ConfigDict(dict):
             raise KeyError(key)
         return self._source[key]
 
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or self._source is not None and key in self._source
-
-    def get(self, key: str, default: object = None) -> Any:
-        return self[key] if key in self else default
+    # unlike dict's own these ask __missing__()
+    get, __contains__ = Mapping.get, Mapping.__contains__  # type: ignore[assignment]
 
     def setdefault(self, key: str, value: object = None) -> Any:
         if key not in self:
@@ -3215,41 +3189,34 @@ def closed_over(callback: Callable) -> Optional[Callable]:
     return next(filter(callable, held), None)
 
 
+def signature_of(callback: Callable) -> Optional[list]:
+    """The inspect.Parameters that a caller fills in; None if they cannot be seen."""
+    import inspect
+    try:
+        return list(inspect.signature(callback).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
 def parameters_of(callback: Callable) -> List[str]:
-    """The names of what a caller fills in: not `self` of a bound method."""
-    skip = 0
-    while True:
-        if isinstance(callback, partial):
-            skip += len(callback.args)
-            callback = callback.func
-        elif hasattr(callback, "__func__"):  # a bound method
-            skip += 1
-            callback = callback.__func__
-        elif hasattr(callback, "__wrapped__"):  # functools.wraps
-            callback = callback.__wrapped__
-        elif hasattr(callback, "__code__"):
-            code = callback.__code__
-            return list(code.co_varnames[skip:code.co_argcount + code.co_kwonlyargcount])
-        elif hasattr(type(callback).__call__, "__code__"):  # an object with __call__
-            skip += 1
-            callback = type(callback).__call__
-        else:
-            return []
+    """Their names: not `self` of a bound method, nor *args."""
+    if isinstance(callback, type(parameters_of)) and not hasattr(callback, "__wrapped__"):
+        code = callback.__code__  # FAST: importing inspect takes 6 ms
+        return list(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
+    return [p.name for p in signature_of(callback) or ()
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def yieldroutes(func: Callable) -> Iterator[str]:
     """The rules of a function by its signature: a__b(x, y=5) -> "/a/b/<x>", "/a/b/<x>/<y>"."""
-    names = parameters_of(func)
-    names = names[1:] if names[:1] == ["request"] else names
     path = "/" + func.__name__.replace("__", "/").lstrip("/")
-    while hasattr(func, "__wrapped__"):
-        func = func.__wrapped__
-    required = len(names) - len(func.__defaults__ or ())
-    path += "".join(f"/<{name}>" for name in names[:required])
+    optional = {p.name for p in signature_of(func) or () if p.default is not p.empty}
+    for i, name in enumerate(parameters_of(func)):
+        if i or name != "request":
+            if name in optional:
+                yield path
+            path += f"/<{name}>"
     yield path
-    for name in names[required:]:
-        path += f"/<{name}>"
-        yield path
 
 
 class Mount:
@@ -3277,28 +3244,19 @@ class Mount:
         """What the application answers. Besides the path all that it leaves in environ counts."""
         environ = request.environ
         inner = self.shift(environ)
-        answer = HTTPResponse()
-        written: List[bytes] = []
-
-        def start_response(status: str, headers: list, exc_info: Any = None) -> Callable:
-            if exc_info:
-                raise exc_info[1]
-            answer.status = status
-            answer._headers = HeaderDict()
-            for name, value in headers:
-                answer.add_header(name, wsgi_to_text(value, "replace"))
-            return written.append
-
         try:
-            body = self.app(inner, start_response)
-            is_whole = isinstance(body, list) and body and not written
-            answer.body = (b"".join(body) if is_whole else
-                           body if type(body) is FileWrapper else begin(body))
+            (status, headers, exc_info), body = call_wsgi(self.app, inner)
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
-        if written:
-            close = getattr(answer.body, "close", do_nothing)
-            answer.body = ClosingIterator(chain(written, answer.body).__next__, close)
+        try:
+            if exc_info:
+                raise exc_info[1]
+            answer = HTTPResponse(body, status)
+            for name, value in headers:
+                answer.add_header(name, wsgi_to_text(value, "replace"))
+        except BaseException:
+            close_all(body)
+            raise
         return answer
 
 
@@ -3317,6 +3275,7 @@ class Handler:
     verbs: Dict[str, Callable] = {}
     request: Request
     response: Response
+    written: List[bytes]
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -3338,8 +3297,7 @@ class Handler:
         if isinstance(piece, (dict, list)):
             self.response.content_type = "application/json"
             piece = json_dumps(piece)
-        data = piece.encode("utf-8") if isinstance(piece, str) else bytes(piece)
-        self.__dict__.setdefault("written", []).append(data)
+        self.written.append(piece.encode("utf-8") if isinstance(piece, str) else bytes(piece))
 
     def set_header(self, name: str, value: object) -> None:
         self.response.set_header(name, value)
@@ -3360,34 +3318,27 @@ def run_handler(cls: Any, /, **args: object) -> object:
     handler = cls()
     handler.request = own = Request(CURRENT.get())
     handler.response = response_of(own.environ)
+    handler.written = []
     verb = cls.verbs.get(own.method) or cls.verbs["GET"]  # HEAD, where there is only GET
     try:
-        out = handler.prepare()
-        if out is None:
-            out = verb(handler, **args)
-        if isinstance(out, HTTPError):
-            raise out
-        return begin(out) if hasattr(out, "__next__") else handler_body(handler, out)
-    except HTTPError as error:
-        return handler_error(handler, error)
-    except HTTPResponse:
-        raise
-    except Exception as error:
-        return handler_error(handler, own.app.failure(error, own.environ))
+        try:
+            out = handler.prepare()
+            if out is None:
+                out = verb(handler, **args)
+            if isinstance(out, HTTPError):
+                raise out
+            if hasattr(out, "__next__"):
+                out = Body(out)
+        except Exception as error:
+            page = own.app.failure(error)
+            if not isinstance(page, HTTPError):
+                raise
+            handler.response.merge(page)
+            handler.written.clear()
+            out = handler.on_error(page)
+        return b"".join(handler.written) if out is None else out
     finally:
         handler.on_finish()
-
-
-def handler_body(handler: Handler, out: Any) -> Any:
-    """What a verb returned, or else has written."""
-    return b"".join(handler.__dict__.get("written", ())) if out is None else out
-
-
-def handler_error(handler: Handler, error: HTTPError) -> object:
-    """The answer of `on_error`, under the status and the headers of the error."""
-    handler.response.merge(error)
-    handler.__dict__.pop("written", None)
-    return handler_body(handler, handler.on_error(error))
 
 
 def shortcut_of(verb: str) -> Callable:
@@ -3407,11 +3358,9 @@ class App:
         self.resources = ResourceManager()
         self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
         self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
-        self._before: List[Callable] = []  # hooks, in the order of their calls
-        self._after: List[Callable] = []
-        self._hooks: Dict[str, List[Callable]] = {
-            "before_request": self._before, "after_request": self._after,
-            "app_reset": [], "config": []}
+        self._hooks: Dict[str, List[Callable]] = {  # in the order of their calls
+            name: [] for name in ("before_request", "after_request", "app_reset", "config")}
+        self._before, self._after = self._hooks["before_request"], self._hooks["after_request"]
         self.config = ConfigDict().load_dict(config)
         self.config.update(catchall=catchall)
         self.config.update("json", enable=autojson, dump_func=json_dumps)
@@ -3507,7 +3456,7 @@ class App:
                    or plugin in (it, type(it), getattr(it, "name", it))]
         for gone in removed:
             self.plugins.remove(gone)
-            getattr(gone, "close", do_nothing)()
+            close_all(gone)
         if removed:
             self.reset()
         return removed
@@ -3521,8 +3470,7 @@ class App:
 
     def close(self) -> None:
         """Close the plugins."""
-        for plugin in self.plugins:
-            getattr(plugin, "close", do_nothing)()
+        close_all(*self.plugins)
 
     get, post, put, delete, patch = map(shortcut_of, ("GET", "POST", "PUT", "DELETE", "PATCH"))
 
@@ -3552,7 +3500,7 @@ class App:
 
     def trigger_hook(self, name: str, /, *args: object, **kwargs: object) -> list:
         """Call the hooks of a name: what they return."""
-        return [hook(*args, **kwargs) for hook in list(self._hooks[name])]
+        return list(run_hooks(list(self._hooks[name]), *args, **kwargs))
 
     def hook(self, name: str) -> Callable:
         """add_hook as a decorator."""
@@ -3590,17 +3538,17 @@ class App:
         known = self.router.memo.get(environ["REQUEST_METHOD"])  # FAST: as _look_up() begins
         found = known and known.get(environ["PATH_INFO"]) or self._look_up(environ)
         environ["minibottle.route"] = found
-        if found:
-            plan = found[3].plan
-            if plan is not None:
-                return plan
-        plan = found[3].callback.plan(environ) if found else EARLY
+        route = found[3]
+        plan = EARLY if route is None else route.plan
+        if plan is None:
+            plan = route.callback.plan(environ)  # of a Mount
         # a hook or a middleware may yet change the path, and then somebody wants the body
-        wrapped = getattr(self.wsgi, "__self__", None) is not self
-        return LATE if plan is EARLY and (self._before or wrapped) else plan
+        if plan is EARLY and (self._before or getattr(self.wsgi, "__self__", None) is not self):
+            return LATE
+        return plan
 
-    def _look_up(self, environ: Dict[str, Any]) -> Optional[tuple]:
-        """(self, method, PATH_INFO, route, arguments or (rule, match)), or None."""
+    def _look_up(self, environ: Dict[str, Any]) -> tuple:
+        """(self, method, PATH_INFO, *what Router.find() found)."""
         method = environ["REQUEST_METHOD"]
         info = environ.get("PATH_INFO", "")
         known = self.router.memo.get(method)
@@ -3608,16 +3556,11 @@ class App:
         if found:
             return found
         try:
-            found = self.router.find(method, wsgi_to_text(info) or "/")
+            route, args = self.router.find(method, wsgi_to_text(info) or "/")
         except UnicodeError:
-            return None
-        if found is None:
-            return None
-        route, rule, match = found
-        if rule:
-            return self, method, info, route, (rule, match)
-        found = self, method, info, route, NO_ARGS
-        if method in VERBS:
+            route, args = None, HTTPError(400, "The path is not UTF-8.")
+        found = self, method, info, route, args
+        if args is NO_ARGS and method in VERBS:
             self.router.memo.setdefault(method, {})[info] = found
         return found
 
@@ -3628,27 +3571,20 @@ class App:
                 or found[1] != environ["REQUEST_METHOD"]):  # changed since the plan, or no plan
             if "minibottle.refused" in environ:
                 raise environ["minibottle.refused"]
-            found = self._look_up(environ)
-            if found is None:
-                answer = self._not_found(environ)
-                environ.setdefault("minibottle.response", answer)  # FAST: no need to copy it
-                raise answer
-            environ["minibottle.route"] = found
-        if type(found[4]) is tuple:
-            found = environ["minibottle.route"] = found[:4] + (convert_args(*found[4]),)
+            found = environ["minibottle.route"] = self._look_up(environ)
+        if found[3] is None:
+            environ.setdefault("minibottle.response", found[4])  # FAST: no need to copy it
+            raise found[4]
+        if type(found[4]) is not dict:
+            found = environ["minibottle.route"] = found[:4] + (found[4](),)
         return found
-
-    def _not_found(self, environ: Dict[str, Any]) -> HTTPResponse:
-        try:
-            path = wsgi_to_text(environ.get("PATH_INFO", "")) or "/"
-        except UnicodeError:
-            return HTTPError(400, "The path is not UTF-8.")
-        return self.router.refusal(environ["REQUEST_METHOD"], path)
 
     def _handle(self, environ: Dict[str, Any]) -> Any:
         """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
         try:
-            out: Any = run_hooks(self._before) if self._before else None
+            out: Any = None
+            if self._before:
+                out = next((it for it in run_hooks(self._before) if isinstance(it, Response)), None)
             if out is None:
                 found = self._find(environ)
                 route, args = found[3], found[4]
@@ -3657,41 +3593,35 @@ class App:
                     out = call(request=Request(environ), **args)
                 else:  # FAST: a call without ** is half a microsecond shorter
                     out = call(**args) if args else call()
-        except HTTPResponse as answer:
-            out = answer
         except Exception as error:
-            out = self.failure(error, environ)
+            out = self.failure(error)
         if isinstance(out, Response):
-            out = self._apply(out, environ)
+            out = self._apply(out)
         if self._after:
             try:
-                for hook in self._after:
-                    hook()
+                list(run_hooks(self._after))
             except Exception as error:
-                getattr(out, "close", do_nothing)()
-                out = self._apply(error if isinstance(error, HTTPResponse) else
-                                  self.failure(error, environ), environ)
+                close_all(out)
+                out = self._apply(self.failure(error))
         return out
 
-    def _apply(self, out: Response, environ: Dict[str, Any]) -> object:
+    def _apply(self, out: Response) -> object:
         """Status, headers and cookies of a returned or raised Response onto the request's own."""
-        own = response_of(environ)
+        own = response_of(request.environ)
         if out is not own and not isinstance(out, LocalResponse):
             own.merge(out)
         return out if isinstance(out, HTTPError) else out.body
 
-    def failure(self, error: BaseException, environ: Dict[str, Any]) -> HTTPError:
-        """The HTTPError for an exception, which is logged if it is no fault of the client's."""
-        if isinstance(error, HTTPError):
+    def failure(self, error: BaseException) -> HTTPResponse:
+        """The answer to an exception, which is logged if it is no fault of the client's."""
+        if isinstance(error, HTTPResponse):
             return error
-        if isinstance(error, BadRequest):
-            return HTTPError(error.status, str(error), error)
-        if isinstance(error, ClientGone):
-            return HTTPError(400, str(error), error)
+        if isinstance(error, (BadRequest, ClientGone)):
+            return HTTPError(getattr(error, "status", 400), str(error), error)
         if not self.catchall:
             raise error
-        log.error("%s %s: unhandled exception", printable(environ.get("REQUEST_METHOD", "?")),
-                  printable(environ.get("PATH_INFO", "?")), exc_info=error)
+        method, path = request.get("REQUEST_METHOD", "?"), request.get("PATH_INFO", "?")
+        log.error("%s %s: unhandled exception", printable(method), printable(path), exc_info=error)
         return HTTPError(500, "Internal Server Error", error)
 
     def default_error_handler(self, res: HTTPError) -> object:
@@ -3719,19 +3649,16 @@ class App:
         if isinstance(out, (bytes, bytearray, memoryview)):
             return bytes(out)
         if isinstance(out, dict) or isinstance(out, list) and not (
-                out and isinstance(out[0], (str, bytes, Response))):
+                out and isinstance(out[0], (str, bytes, HTTPResponse))):
             data = self._dump_json(out)
             response.content_type = "application/json"
             return data
         if not out:  # None, False, 0, ()
             return b""
         if isinstance(out, (list, tuple)):
-            if isinstance(out[0], Response):
-                return self._cast(self._apply(out[0], request.environ))
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
-            pieces = ClosingIterator(iter(partial(out.read, 1 << 16), "").__next__, out.close)
-            return self._cast_iterator(pieces)
+            return self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
         if isinstance(out, FileWrapper):  # a range, or of a mounted application
             return out
         if hasattr(out, "read"):
@@ -3744,7 +3671,7 @@ class App:
     def _dump_json(self, out: Union[dict, list]) -> bytes:
         """As the settings of the route want it."""
         found = request.environ.get("minibottle.route")
-        dumps = found and found[3].json_dumps or json_dumps_of(self.config)
+        dumps = found and found[3] and found[3].json_dumps or json_dumps_of(self.config)
         text = dumps(out)
         return text.encode("utf-8") if isinstance(text, str) else text
 
@@ -3770,7 +3697,7 @@ class App:
             if out is error:
                 raise RuntimeError("it returned what it was given")
             if isinstance(out, Response):
-                out = self._apply(out, request.environ)
+                out = self._apply(out)
             if isinstance(out, HTTPError):  # another error: its own text, or its default page
                 out = self.default_error_handler(out) if out.body is None else out.body
             return self._cast(out)
@@ -3781,22 +3708,15 @@ class App:
         return b"500 Internal Server Error: the error handler failed\n"
 
     def _cast_iterator(self, out: Iterable) -> Any:
-        """An iterator is begun, so that the code before its first yield may set the head."""
+        body = Body(out)
+        encoding = response.charset  # which the code before the first piece may have set
         try:
-            pieces = begin(out)
-        except HTTPResponse as answer:
-            return self._cast(self._apply(answer, request.environ))
-        try:
-            first = next(pieces, b"")
-            if isinstance(first, Response):
-                pieces.close()
-                return self._cast(self._apply(first, request.environ))
-            encoding = response.charset
-            steps = chain((encode_piece(first, encoding),), pieces)
-        except BaseException:
-            pieces.close()
+            first = encode_piece(next(body.pieces), encoding)
+        except Exception:
+            body.close()
             raise
-        return ClosingIterator(partial(next_piece, steps, encoding), pieces.close)
+        body.pieces = chain((first,), map(encode_piece, body.pieces, repeat(encoding)))
+        return body
 
     def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
@@ -3812,8 +3732,8 @@ class App:
                     out, kind = self._dump_json(out), JSON
                 else:
                     out = self._cast(out)
-            except Exception as error:  # what was returned cannot be sent
-                out = self._cast(self._apply(self.failure(error, environ), environ))
+            except Exception as error:  # what was returned cannot be sent, or raised another answer
+                out = self._cast(self._apply(self.failure(error)))
             answer = environ.get("minibottle.response")
             is_head = environ["REQUEST_METHOD"] == "HEAD"
             if answer is None:
@@ -3832,11 +3752,11 @@ class App:
             try:
                 start_response(status, headers)
             except BaseException:
-                getattr(out, "close", do_nothing)()
+                close_all(out)
                 raise
             if has_body and not is_head:
                 return out
-            getattr(out, "close", do_nothing)()
+            close_all(out)
             return []
         finally:
             CURRENT.reset(token)
@@ -3845,12 +3765,10 @@ class App:
 class AppStack(list):
     """The applications that the shortcuts act on: calling it gives the top one, made if needed."""
 
-    @property
-    def default(self) -> App:
+    def __call__(self) -> App:
         return self[-1] if self else self.push()
 
-    def __call__(self) -> App:
-        return self.default
+    default = property(__call__)
 
     def push(self, app: Optional[App] = None) -> App:
         self.append(app if isinstance(app, App) else App())
@@ -3861,7 +3779,6 @@ class AppStack(list):
 
 app = apps = default_app = AppStack()
 Bottle = App
-NO_ARGS: dict = {}
 HTML = ("Content-Type", Response.default_content_type)
 JSON = ("Content-Type", "application/json")
 BODILESS = (100, 101, 204, 304)
@@ -3879,71 +3796,36 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def run_hooks(hooks: List[Callable]) -> Optional[Response]:
-    """Call each; the first Response that one returns ends it."""
+def run_hooks(hooks: List[Callable], *args: object, **kwargs: object) -> Iterator:
+    """Call each: what they return."""
     for hook in hooks:
-        out = hook()
-        if isinstance(out, Response):
-            return out
-    return None
-
-
-def begin(out: Iterable) -> ClosingIterator:
-    """Pull up to the first piece that is not empty. Every step runs in one context, a copy of the
-    request's."""
-    context = copy_context()
-    close: Callable = partial(context.run, getattr(out, "close", do_nothing))
-    pieces = context.run(iter, out)
-    first: Any = b""
-    try:
-        while not first and not isinstance(first, Response):
-            first = context.run(next, pieces)
-    except StopIteration:
-        first = b""
-    except BaseException:
-        close()
-        raise
-    rest = iter(partial(context.run, next, pieces, END), END)
-    return ClosingIterator(chain((first,), rest).__next__, close)
-
-
-END: Any = object()
+        yield hook(*args, **kwargs)
 
 
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
-    def close() -> None:
-        for file in files:
-            file.close()
     if type(out) is bytes:
-        close()
+        close_all(*files)
         return out
-
-    def close_both() -> None:
-        getattr(out, "close", do_nothing)()
-        close()
-    return ClosingIterator(iter(out).__next__, close_both)
+    body = Body(out)
+    body.close = partial(close_all, out, *files)
+    return body
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
+    """To bytes; the first may also be another answer, as if it were raised."""
     if isinstance(piece, str):
         return piece.encode(encoding)
     if isinstance(piece, bytes):
         return piece
+    if isinstance(piece, HTTPResponse):
+        raise piece
     raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
-
-
-def next_piece(pieces: Iterator, encoding: str) -> bytes:
-    return encode_piece(next(pieces), encoding)
 
 
 def printable(text: object) -> str:
     """For a log line: control characters and what is not ASCII escaped."""
-    return str(text).translate(ESCAPES).encode("ascii", "backslashreplace").decode("ascii")
-
-
-ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
-ESCAPES.update({ord('"'): '\\"', ord("\\"): "\\\\"})
+    return str(text).encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
 # === 11. Test client ==========================================================
@@ -4067,25 +3949,14 @@ class TestClient:
         return environ
 
     def _call(self, environ: Dict[str, Any]) -> Answer:
-        started: list = []
-        pieces: List[bytes] = []
-
-        def start_response(status: str, headers: list, exc_info: object = None) -> Callable:
-            check_status(status)
-            started[:] = status, [tuple(pair) for pair in headers]
-            for pair in started[1]:
-                format_field(pair)
-            return pieces.append
-
-        result = self.app(environ, start_response)
+        (status, headers, _), body = call_wsgi(self.app, environ)
         try:
-            pieces.extend(result)
+            check_status(status)
+            for pair in headers:
+                format_field(tuple(pair))
+            return Answer(status, headers, body if type(body) is bytes else b"".join(body))
         finally:
-            if hasattr(result, "close"):
-                result.close()
-        if not started:
-            raise RuntimeError("the application did not call start_response")
-        return Answer(started[0], started[1], b"".join(pieces))
+            close_all(body)
 
 
 # === 12. Event loop ===========================================================
@@ -6205,7 +6076,8 @@ def install_as_bottle() -> None:
 
 # -- running --
 
-NORUN = False  # run() does nothing, for load_app()
+NORUN = False      # run() does nothing, for load_app()
+set_debug = debug  # in run(), debug is an argument
 
 
 class ServerAdapter:
@@ -6238,10 +6110,9 @@ class WSGIRefServer(ServerAdapter):
             self.srv.serve_forever()
 
 
-BUILTIN = ("minibottle", "auto")
-server_names: Dict[str, Any] = dict.fromkeys((*BUILTIN, *(
-    "aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn meinheld paste "
-    "rocket tornado twisted uvloop waitress").split()))  # None: the server of this file
+server_names: Dict[str, Any] = dict.fromkeys((  # None: the server of this file
+    "minibottle auto aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn "
+    "meinheld paste rocket tornado twisted uvloop waitress").split())
 server_names["wsgiref"] = WSGIRefServer
 
 
@@ -6250,7 +6121,7 @@ def make_adapter(server: Any, host: str, port: Any, options: dict) -> Optional[S
     if isinstance(server, str):
         name, server = server, server_names[server] if server in server_names else load(server)
         if server is None:
-            if name not in BUILTIN:
+            if name not in ("minibottle", "auto"):
                 print_line(f"server={name!r}: minibottle serves by itself")
             return None
     if isinstance(server, type):
@@ -6273,17 +6144,22 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     running: Any = sys.modules.get("minibottle.running")
     if NORUN:
         return
-    if reloader:
-        print_line("run(reloader=True) does not reload here")
-    app = default_app() if app is None else load_app(app) if isinstance(app, str) else app
-    configure(app, plugins, config, debug)
+    if reloader and running is None:
+        keep_reloading(interval)
+    made: Any = load_app(app) if isinstance(app, str) else default_app() if app is None else app
+    if debug is not None:
+        set_debug(debug)
+    for plugin in plugins or ():
+        made.install(load(plugin) if isinstance(plugin, str) else plugin)
+    if config:
+        made.config.update(config)
     adapter = make_adapter(server, host, port, options)
     if adapter is not None:
         adapter.quiet = adapter.quiet or quiet
         if not adapter.quiet:
             print_line(f"{type(adapter).__name__} on {adapter.host}:{adapter.port}")
         try:
-            return adapter.run(app)
+            return adapter.run(made)
         except KeyboardInterrupt:
             return
     unknown = sorted(set(options) - set(SETTING_DEFAULTS))
@@ -6292,21 +6168,49 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     options = {"bind": join_port(host, port), "quiet": quiet,
                **{name: value for name, value in options.items() if name not in unknown}}
     if running is not None:
-        return running(app, options)
-    status = start(lambda: app, options, {}, is_target=False)
+        return running(made, options)
+    status = start(lambda: made, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
 
 
-def configure(app: Any, plugins: Optional[Iterable], config: Optional[dict],
-              mode: Optional[bool]) -> None:
-    """What run() is given for an App, and the mode of debug()."""
-    if mode is not None:
-        debug(mode)
-    for plugin in plugins or ():
-        app.install(load(plugin) if isinstance(plugin, str) else plugin)
-    if config:
-        app.config.update(config)
+def keep_reloading(interval: float) -> None:
+    """Run this command line in a child, and anew when a file changes; in the child: do nothing.
+
+    A child that fails, maybe over half an edit, has its successor after the next change.
+    """
+    if "BOTTLE_CHILD" in os.environ or threading.current_thread() is not threading.main_thread():
+        return
+    import subprocess
+    command = [sys.executable, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit())
+    while True:
+        seen = python_files()
+        child = subprocess.Popen(command, env={**os.environ, "BOTTLE_CHILD": "true"})
+        try:
+            while python_files() == seen:
+                time.sleep(interval)
+                if child.poll() == 0:
+                    sys.exit()
+        finally:
+            child.terminate()
+            child.wait()
+
+
+def python_files() -> Dict[str, float]:
+    """{path: when it was changed} of what is imported, or lies below the program's folder."""
+    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    for folder, folders, names in islice(os.walk(sys.path[0] or "."), 1000):
+        folders[:] = [name for name in folders if name[0] not in "._" and name != "site-packages"]
+        paths.update(os.path.join(folder, name) for name in names if name.endswith(".py"))
+    times = {}
+    for path in filter(None, paths):
+        try:
+            times[path] = os.path.getmtime(path)
+        except OSError:  # it has gone
+            pass
+    return times
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -6323,7 +6227,9 @@ def load_target(target: str) -> Optional[Callable]:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # something that the module itself wants to import
-        raise UsageError(f"no module {module_name!r}; here is {names_here()}") from None
+        here = sorted(name[:-3] for name in os.listdir() if name.endswith(".py"))[:20]
+        raise UsageError(f"no module {module_name!r}; here is "
+                         f"{', '.join(here) or 'no Python file'}") from None
     where = module_name
     for part in name.split("."):
         if not hasattr(found, part):
@@ -6338,40 +6244,25 @@ def load_target(target: str) -> Optional[Callable]:
 TARGET = r"(\w+(?:\.\w+)*)(?::(\w+(?:\.\w+)*))?"
 
 
-def names_here() -> str:
-    """The modules of the current directory."""
-    names = sorted(entry[:-3] for entry in os.listdir(".") if entry.endswith(".py"))
-    return ", ".join(names[:20]) or "no Python file"
-
-
 def as_application(found: Any, target: str) -> Optional[Callable]:
     """An App or its class, a WSGI callable, or a callable without parameters that makes one."""
-    if isinstance(found, type) and issubclass(found, App):
-        return found()
-    if isinstance(found, App):
-        return found
     if not callable(found):
         raise UsageError(f"{target} is {type(found).__name__}, not an application or a function")
-    required = required_parameters(found)
-    if required not in (0, 2):
+    required = 2 if isinstance(found, App) else required_parameters(found)
+    if required == 0:
+        found = found()
+        if found is not None and not callable(found):
+            raise UsageError(f"{target}() returned {type(found).__name__}, not an application")
+    elif required != 2:
         raise UsageError(f"{target} takes {required} arguments; a WSGI application takes two, and "
                          "a function that makes or runs one takes none")
-    if required == 0:
-        made = found()
-        if made is not None and not callable(made):
-            raise UsageError(f"{target}() returned {type(made).__name__}, not an application")
-        return made
     return found
 
 
 def required_parameters(function: Callable) -> int:
     """How many arguments a call must give; 2 (WSGI) where that cannot be seen."""
-    import inspect
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 2
-    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
+    parameters = signature_of(function)
+    if parameters is None or any(p.kind == p.VAR_POSITIONAL for p in parameters):
         return 2
     return sum(1 for p in parameters if p.default is p.empty
                and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -6405,23 +6296,23 @@ def make_parser() -> Any:
     parser.add_argument("-s", "--server", metavar="NAME",
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
+    parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        given = vars(make_parser().parse_args(argv))
-    except UsageError as error:
-        return report(error)
-    flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
     import logging
     if not log.handlers and not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     sys.path.insert(0, os.getcwd())
-    debug(given["debug"])
     try:
+        given = vars(make_parser().parse_args(argv))
+        flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
+        debug(given["debug"])
         Settings(**flags)
+        if given["reload"]:
+            keep_reloading(1.0)
         load = partial(load_target, given["target"])
         if given["server"]:
             app = load()
