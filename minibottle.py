@@ -3275,7 +3275,7 @@ class Handler:
     verbs: Dict[str, Callable] = {}
     request: Request
     response: Response
-    written: List[bytes]
+    _written: List[bytes]  # by write()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -3297,7 +3297,7 @@ class Handler:
         if isinstance(piece, (dict, list)):
             self.response.content_type = "application/json"
             piece = json_dumps(piece)
-        self.written.append(piece.encode("utf-8") if isinstance(piece, str) else bytes(piece))
+        self._written.append(piece.encode("utf-8") if isinstance(piece, str) else bytes(piece))
 
     def set_header(self, name: str, value: object) -> None:
         self.response.set_header(name, value)
@@ -3318,7 +3318,7 @@ def run_handler(cls: Any, /, **args: object) -> object:
     handler = cls()
     handler.request = own = Request(CURRENT.get())
     handler.response = response_of(own.environ)
-    handler.written = []
+    handler._written = []
     verb = cls.verbs.get(own.method) or cls.verbs["GET"]  # HEAD, where there is only GET
     try:
         try:
@@ -3334,9 +3334,9 @@ def run_handler(cls: Any, /, **args: object) -> object:
             if not isinstance(page, HTTPError):
                 raise
             handler.response.merge(page)
-            handler.written.clear()
+            handler._written.clear()
             out = handler.on_error(page)
-        return b"".join(handler.written) if out is None else out
+        return b"".join(handler._written) if out is None else out
     finally:
         handler.on_finish()
 
