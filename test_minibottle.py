@@ -1925,6 +1925,12 @@ class MultipartTest(UnitTest):
         self.assertIn("100 bytes (max_form_memory)", caught.exception.body)
         close_files(got)
 
+    def test_memfile_max_of_the_local_request_counts(self):
+        app = app_of(lambda: request.json, method="POST")
+        with mock.patch.object(minibottle.LocalRequest, "MEMFILE_MAX", 100):
+            self.assertEqual([ask(app, method="POST", json="x" * n).status_code for n in (9, 101)],
+                             [200, 413])
+
     def test_chunks_that_a_server_leaves_in_the_body_are_decoded(self):
         """PEP 3333 does not say who does it; wsgiref, for one, does not."""
         for body, expected in ((b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nA: b\r\n\r\nnext", b"abcde"),
