@@ -1003,7 +1003,7 @@ def parse_auth(header: str) -> Optional[Tuple[str, str]]:
 MAX_PART_HEAD_BYTES = 8192
 MAX_PART_HEADERS = 16
 BOUNDARY = r"[ -~]{0,69}[!-~]"  # RFC 2046 5.1.1: 1 to 70 characters
-PIECE_BYTES = 1 << 17
+PIECE_BYTES = 1 << 18
 CUT_FORM = "multipart body without its last boundary"
 
 
