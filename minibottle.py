@@ -1033,7 +1033,7 @@ def parse_auth(header: str) -> Optional[Tuple[str, str]]:
 MAX_PART_HEAD_BYTES = 8192
 MAX_PART_HEADERS = 16
 BOUNDARY = r"[ -~]{0,69}[!-~]"  # RFC 2046 5.1.1: 1 to 70 characters
-PIECE_BYTES = 1 << 17
+PIECE_BYTES = 1 << 18
 CUT_FORM = "multipart body without its last boundary"
 
 
@@ -1442,7 +1442,7 @@ class kept(property):
         if self.key in environ:
             return environ[self.key]
         if view is request:
-            view = Request(environ)  # so that the context is asked once
+            view = FoundRequest(environ)
         try:
             value = environ[self.key] = self.fget(view)  # type: ignore[misc]
         except BadRequest as error:  # 400 or 413
@@ -1772,6 +1772,13 @@ class LocalRequest(Request):
     __init__ = bind
 
     environ = property(find_environ, bind)
+
+
+class FoundRequest(LocalRequest):
+    """The same for what works out an attribute, so that the context is asked once."""
+
+    __slots__ = ("environ",)
+    __init__ = Request.__init__
 
 
 class Response:

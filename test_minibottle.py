@@ -1899,6 +1899,22 @@ class MultipartTest(UnitTest):
             close_files(got)
             self.assertTrue(all(file.closed for file in files))
 
+    def test_an_upload_out_of_a_large_form_is_saved_with_pread_and_without(self):
+        """Windows has none."""
+        def save(folder):
+            got = multipart(form(part("f", b"0123456789" * 1000, "f"), part("g", b"", "g")),
+                            **{"minibottle.settings": Settings(spool_threshold=99)})
+            for upload in got.files.values():
+                upload.save(folder, chunk_size=999)
+                self.assertEqual(upload.file.tell(), 0)
+            close_files(got)
+            return [os.path.getsize(os.path.join(folder, name)) for name in "fg"]
+        with tempfile.TemporaryDirectory() as folder:
+            self.assertEqual(save(folder), [10000, 0])
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.__dict__):
+            os.__dict__.pop("pread", None)
+            self.assertEqual(save(folder), [10000, 0])
+
     def test_bottles_memfile_max_stands_for_both_limits(self):
         class Small(Request):
             MEMFILE_MAX = 100
@@ -1908,6 +1924,12 @@ class MultipartTest(UnitTest):
             got.forms
         self.assertIn("100 bytes (max_form_memory)", caught.exception.body)
         close_files(got)
+
+    def test_memfile_max_of_the_local_request_counts(self):
+        app = app_of(lambda: request.json, method="POST")
+        with mock.patch.object(minibottle.LocalRequest, "MEMFILE_MAX", 100):
+            self.assertEqual([ask(app, method="POST", json="x" * n).status_code for n in (9, 101)],
+                             [200, 413])
 
     def test_chunks_that_a_server_leaves_in_the_body_are_decoded(self):
         """PEP 3333 does not say who does it; wsgiref, for one, does not."""
