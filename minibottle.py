@@ -22,17 +22,18 @@ MAP (a section uses only names from sections above it; 1-5 are pure: no socket, 
     4. HTTP/1.1 codec           bytes to environ, answers to bytes, chunked bodies
     5. Forms and cookies        fields and files out of bytes, cookies in and out
   II. Application
-    6. Request and Response     views of environ, and what will be sent
-    7. Files and gzip           file_wrapper, compression for any WSGI application
-    8. Router                   rules to targets, and URLs
-    9. Templates                text with Python in it, to HTML
-    10. App                     routes, hooks, errors, Handler classes
-    11. Test client             requests without a server
+    6. Async bridge             coroutines beside functions
+    7. Request and Response     views of environ, and what will be sent
+    8. Files and gzip           file_wrapper, compression for any WSGI application
+    9. Router                   rules to targets, and URLs
+    10. Templates                text with Python in it, to HTML
+    11. App                     routes, hooks, errors, Handler classes
+    12. Test client             requests without a server
   III. The world
-    12. Event loop              one loop, handed over when user code blocks
-    13. Server connection       HTTP on the loop
-    14. Workers                 master and worker processes, Server, run()
-    15. Default app and command line
+    13. Event loop              one loop, handed over when user code blocks
+    14. Server connection       HTTP on the loop
+    15. Workers                 master and worker processes, Server, run()
+    16. Default app and command line
 
 ONE REQUEST (-> calls)
 
@@ -109,15 +110,16 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "static_file app apps default_app AppStack route get post put delete patch error hook install "
-    "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
-    "TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager JSONPlugin "
-    "template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH TemplateError debug "
-    "BaseRequest BaseResponse LocalRequest LocalResponse FileUpload CookieError MultipartError "
-    "auth_basic parse_auth cookie_encode cookie_decode cookie_is_encoded "
-    "MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route RouteError "
-    "RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError StartError "
-    "TemplatePlugin html_escape html_quote http_date parse_date parse_range_header path_shift"
+    "static_file event_stream app apps default_app AppStack route get post put delete patch error "
+    "hook install uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
+    "install_as_bottle TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager "
+    "JSONPlugin template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH "
+    "TemplateError debug BaseRequest BaseResponse LocalRequest LocalResponse FileUpload "
+    "CookieError MultipartError auth_basic parse_auth cookie_encode cookie_decode "
+    "cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route "
+    "RouteError RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError "
+    "StartError TemplatePlugin html_escape html_quote http_date parse_date parse_range_header "
+    "path_shift"
 ).split()
 
 
@@ -1407,7 +1409,160 @@ def sign(text: str, key: bytes) -> str:
     return urlsafe_b64encode(hmac.new(key, text.encode("ascii"), "sha256").digest()).decode("ascii")
 
 
-# === 6. Request and Response ==================================================
+# === 6. Async bridge ==========================================================
+# Coroutines run on one asyncio loop per process, on a thread of its own that starts with the first
+# of them. A request is one coroutine. Where nothing in it awaits, its caller runs it to the end, as
+# a function; at the first `await` the rest moves to asyncio.
+
+END: Any = object()  # of an iterator
+
+
+class Switch:
+    """`await SWITCH`: asyncio runs the coroutine from here on. It is where drive() stops."""
+
+    def __await__(self) -> Generator:
+        yield
+
+
+SWITCH = Switch()
+
+
+async def settle(out: Any) -> Any:
+    """What a function returned; if that is awaitable, its result."""
+    if not hasattr(out, "__await__"):
+        return out
+    await SWITCH
+    return await out
+
+
+def drive(steps: Any) -> Any:
+    """Run a coroutine: its result, or what is Pending if it awaits."""
+    try:
+        steps.send(None)
+    except StopIteration as done:
+        return done.value
+    return Pending(steps, copy_context())
+
+
+class Pending:
+    """What a coroutine is still at work on: awaitable. A WSGI server that takes it for a body, and
+    iterates over it, waits."""
+
+    def __init__(self, steps: Any, context: Any) -> None:
+        self.steps = steps
+        self.context = context
+        self.result: Any = None  # of wait()
+
+    def __await__(self) -> Any:
+        return self.steps.__await__()
+
+    def as_task(self) -> Any:
+        """To be awaited where another context is: it has its own."""
+        return self.context.run(bridge.loop.create_task, self.steps)
+
+    def wait(self) -> Any:
+        self.result = bridge.wait(self.context, self.steps)
+        return self.result
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.wait())
+
+    def close(self) -> None:
+        self.steps.close()
+        getattr(self.result, "close", self.steps.close)()
+
+
+class Bridge:
+    """The asyncio loop of this process."""
+
+    def __init__(self) -> None:
+        self.lock = _thread.allocate_lock()
+        self.asyncio: Any = None  # the module
+        self.loop: Any = None
+        self.thread: Any = None
+        self.pid = 0              # of the process that has it: a fork does not inherit the thread
+        self.inbox: Deque[Tuple[Any, Any]] = deque()
+        self.woken = False
+
+    def start(self) -> Any:
+        """The loop; made if there is none."""
+        with self.lock:
+            if self.pid != os.getpid():
+                import asyncio
+                self.asyncio, self.loop, self.woken = asyncio, asyncio.new_event_loop(), False
+                self.pid = os.getpid()
+                self.thread = threading.Thread(target=self.loop.run_forever, daemon=True,
+                                               name="minibottle-asyncio")
+                self.thread.start()
+            return self.loop
+
+    def is_here(self) -> bool:
+        """Does the loop run on this thread?"""
+        return self.pid == os.getpid() and self.thread is threading.current_thread()
+
+    def spawn(self, context: Any, steps: Any) -> None:
+        """Run a coroutine, in a context, from any thread. FAST: one wake-up for all that came."""
+        loop = self.loop if self.pid == os.getpid() else self.start()
+        self.inbox.append((context, steps))
+        if not self.woken:
+            self.woken = True
+            loop.call_soon_threadsafe(self.take)
+
+    def take(self) -> None:
+        self.woken = False  # first: who appends afterwards looks at it afterwards
+        while self.inbox:
+            context, steps = self.inbox.popleft()
+            context.run(self.loop.create_task, steps)
+
+    def wait(self, context: Any, steps: Any) -> Any:
+        """The result of a coroutine, for a thread that has nothing else to do."""
+        loop = self.start()
+        if self.is_here():
+            steps.close()
+            raise RuntimeError("asyncio's own thread cannot wait for a coroutine: await it")
+        return context.run(self.asyncio.run_coroutine_threadsafe, steps, loop).result()
+
+    def cancel_all(self, seconds: float) -> None:
+        """Let what still runs clean up, for at most so long: the process is about to end."""
+        async def cancel() -> None:
+            tasks = self.asyncio.all_tasks() - {self.asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await self.asyncio.wait(tasks, timeout=seconds)
+
+        if self.pid == os.getpid():
+            self.wait(copy_context(), cancel())
+
+
+bridge = Bridge()
+
+
+async def next_async(pieces: Any) -> Any:
+    try:
+        return await pieces.__anext__()
+    except StopAsyncIteration:
+        return END
+
+
+async def close_async(pieces: Any) -> None:
+    if hasattr(pieces, "aclose"):
+        await pieces.aclose()
+
+
+async def pull_aside(pieces: Any) -> Any:
+    """A plain iterator for asyncio: each step on a thread, as it may block."""
+    aside = partial(bridge.loop.run_in_executor, None, copy_context().run)
+    try:
+        piece = await aside(next, pieces, END)
+        while piece is not END:
+            yield piece
+            piece = await aside(next, pieces, END)
+    finally:
+        await aside(getattr(pieces, "close", int))
+
+
+# === 7. Request and Response ==================================================
 # Lazy views: a Request of the environ, with what it has worked out kept there under "minibottle."
 # keys; a Response of what will be sent. `request` and `response` are the ones of the running
 # context, so that threads, generators and tasks each see their own.
@@ -1678,6 +1833,12 @@ class Request:
             raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
         return data
 
+    @property
+    def stream(self) -> BodyStream:
+        """The body in pieces, for `for` and `async for`; as it arrives, on a route with stream=True
+        on our server."""
+        return BodyStream(self.environ.get("wsgi.input", EMPTY_INPUT))
+
     @kept
     def POST(self) -> FormsDict:
         """The fields and files of a form in the body, url-encoded or multipart."""
@@ -1736,6 +1897,19 @@ class Request:
     app: App = routed(0, "bottle.app")
     route: Route = routed(3, "bottle.route")
     url_args: Dict[str, Any] = routed(4, "route.url_args")
+
+
+class BodyStream:
+    """Iterates over a file in pieces of up to 64 KiB."""
+
+    def __init__(self, file: Any) -> None:
+        self.read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(partial(self.read, 1 << 16), b"")
+
+    def __aiter__(self) -> Any:
+        return pull_aside(iter(self))
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -2022,7 +2196,7 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
     raise HTTPResponse("", code, Location=percent_encode(url, safe="%/:=&?~#+!$,;'@()*[]"))
 
 
-# === 7. Files and gzip ========================================================
+# === 8. Files and gzip ========================================================
 # Bodies that are more than a string. gzip is on the fly, for any WSGI application; what it must
 # leave alone is in negotiate_gzip.
 
@@ -2081,9 +2255,54 @@ class Body:
         return self.pieces
 
 
+class AsyncBody:
+    """A Body out of an asynchronous iterator; who is not on asyncio may iterate too, and waits."""
+
+    def __init__(self, first: bytes, pieces: Any, encoding: str) -> None:
+        self.first: Any = first
+        self.pieces = pieces
+        self.encoding = encoding
+        self.files: list = []  # to be closed with it
+        self.context = copy_context()
+
+    def __aiter__(self) -> AsyncBody:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece, self.first = self.first, END
+        return encode_piece(await self.pieces.__anext__(), self.encoding) if piece is END else piece
+
+    async def aclose(self) -> None:
+        await close_async(self.pieces)
+        close_all(*self.files)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: bridge.wait(self.context, next_async(self)), END)
+
+    def close(self) -> None:
+        (bridge.spawn if bridge.is_here() else bridge.wait)(self.context, self.aclose())
+
+
+def encode_piece(piece: object, encoding: str) -> bytes:
+    """To bytes; the first may also be another answer, as if it were raised."""
+    if isinstance(piece, str):
+        return piece.encode(encoding)
+    if isinstance(piece, bytes):
+        return piece
+    if isinstance(piece, HTTPResponse):
+        raise piece
+    raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
+
+
 def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
+    """ask_wsgi(), for who can wait."""
+    out: Any = drive(ask_wsgi(app, environ))
+    return out.wait() if type(out) is Pending else out
+
+
+async def ask_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
     """([status, headers, exc_info or None], body) of another application's answer; the body is
-    bytes, if it is whole, a FileWrapper or a Body."""
+    bytes, if it is whole, a FileWrapper, a Body or an AsyncBody."""
     head: list = []
     written: List[bytes] = []
     body: Any = None
@@ -2095,9 +2314,12 @@ def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
         return written.append
 
     result = app(environ, start_response)
+    if type(result) is Pending:
+        await SWITCH
+        result = await result.as_task()
     if type(result) is list and result:  # of HEAD it may be empty, and not be the whole
         body = b"".join(written + result)
-    elif type(result) is FileWrapper:
+    elif type(result) in (FileWrapper, AsyncBody):
         body = result
     else:
         body = Body(result)
@@ -2169,22 +2391,28 @@ def gzip_bytes(data: bytes, level: int) -> bytes:
     return coder.compress(data) + coder.flush()
 
 
+def gzip_coder(level: int) -> Tuple[Callable[[bytes], bytes], Callable[[], bytes]]:
+    """(what compresses a piece so that the client can read it at once, what gives the end)."""
+    import zlib
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    return lambda piece: coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH), coder.flush
+
+
 def iter_gzip(pieces: Iterable[bytes], level: int,
               length: Optional[int] = None) -> Iterator[bytes]:
     """A body in pieces; each can be read by the client at once, so that events are not late.
 
     Raises ValueError at the end if they were not `length` bytes, where that was announced.
     """
-    import zlib
-    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    step, end = gzip_coder(level)
     total = 0
     for piece in pieces:
         total += len(piece)
         if piece:
-            yield coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH)
+            yield step(piece)
     if length is not None and total != length:
         raise ValueError(f"an answer of {total} bytes, and its Content-Length was {length}")
-    yield coder.flush()
+    yield end()
 
 
 class GzipMiddleware:
@@ -2366,7 +2594,7 @@ def send_part(answer: HTTPResponse, file: BinaryIO, etag: Any) -> HTTPResponse:
     return answer
 
 
-# === 8. Router ================================================================
+# === 9. Router ================================================================
 # Rules to targets. A rule without wildcards is looked up in a dict, the others by their static
 # segments: a dict for each shape, such as "two segments, the first static". So 10,000 rules that
 # differ in a segment cost as much as ten: the few that can match are tried in their order.
@@ -2629,7 +2857,7 @@ class Router:
 NO_ARGS: dict = {}
 
 
-# === 9. Templates =============================================================
+# === 10. Templates ============================================================
 # Bottle's template language: text, {{expression}}, and Python on lines after %. A template becomes
 # Python with the same line breaks, so that a traceback names the template's own line. Running it,
 # with the variables as its globals, adds pieces of text to a list.
@@ -2902,7 +3130,7 @@ jinja2_template = partial(template, template_adapter=Jinja2Template)
 jinja2_view = partial(view, template_adapter=Jinja2Template)
 
 
-# === 10. App ==================================================================
+# === 11. App ==================================================================
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
 # _cast (what was returned to bytes) -> start_response.
@@ -3065,13 +3293,14 @@ class TemplatePlugin:
 class Plan:
     """What a server may know of a request once its head is in, before its body and the call."""
 
-    __slots__ = ("early", "stream", "max_body", "slow")
+    __slots__ = ("early", "stream", "max_body", "cancel", "slow")
 
     def __init__(self, early: bool = False, stream: bool = False,
-                 max_body: Optional[int] = None) -> None:
+                 max_body: Optional[int] = None, cancel: bool = False) -> None:
         self.early = early        # the answer does not need the body: 404, 405
         self.stream = stream      # call when the head is in; the body is read as it arrives
         self.max_body = max_body  # bytes; None: the server's limit
+        self.cancel = cancel      # a coroutine ends when its client has gone
         self.slow = 0             # above SLOW_MEMORY: calls have blocked lately. The server's
 
     def blocked(self) -> None:
@@ -3098,7 +3327,7 @@ class Route:
     def __init__(self, app: App, rule: str, method: str, callback: Callable,
                  name: Optional[str] = None, plugins: Optional[list] = None,
                  skiplist: Optional[list] = None, stream: bool = False,
-                 max_body: Optional[int] = None, **config: object) -> None:
+                 max_body: Optional[int] = None, cancel: bool = False, **config: object) -> None:
         self.app = app
         self.rule = rule
         self.method = method
@@ -3107,7 +3336,7 @@ class Route:
         self.plugins = plugins or []    # besides those of the application
         self.skiplist = skiplist or []  # plugins, their names or classes, or True: all
         self.config = app.config._make_overlay().load_dict(config)
-        self.plan = None if isinstance(callback, Mount) else Plan(stream=stream, max_body=max_body)
+        self.plan = None if isinstance(callback, Mount) else Plan(False, stream, max_body, cancel)
         self.wants_request = (
             not is_handler(callback) and parameters_of(callback)[:1] == ["request"]
             and all(part[0] != "request" for part in app.router.parse(rule)
@@ -3247,12 +3476,15 @@ class Mount:
         plan = getattr(self.app, "minibottle_plan", None)
         return plan(self.shift(environ)) if plan else self.learned
 
-    def __call__(self, **wildcards: object) -> HTTPResponse:
+    def __call__(self, **wildcards: object) -> Any:
+        return drive(self.respond())
+
+    async def respond(self) -> HTTPResponse:
         """What the application answers. Besides the path all that it leaves in environ counts."""
         environ = request.environ
         inner = self.shift(environ)
         try:
-            (status, headers, exc_info), body = call_wsgi(self.app, inner)
+            (status, headers, exc_info), body = await ask_wsgi(self.app, inner)
         finally:
             environ.update({key: value for key, value in inner.items() if key not in OF_THE_MOUNT})
         try:
@@ -3322,6 +3554,10 @@ def is_handler(callback: Any) -> bool:
 
 def run_handler(cls: Any, /, **args: object) -> object:
     """One request through a Handler class."""
+    return drive(serve_handler(cls, args))
+
+
+async def serve_handler(cls: Any, args: Dict[str, Any]) -> object:
     handler = cls()
     handler.request = own = Request(CURRENT.get())
     handler.response = response_of(own.environ)
@@ -3329,9 +3565,9 @@ def run_handler(cls: Any, /, **args: object) -> object:
     verb = cls.verbs.get(own.method) or cls.verbs["GET"]  # HEAD, where there is only GET
     try:
         try:
-            out = handler.prepare()
+            out = await settle(handler.prepare())
             if out is None:
-                out = verb(handler, **args)
+                out = await settle(verb(handler, **args))
             if isinstance(out, HTTPError):
                 raise out
             if hasattr(out, "__next__"):
@@ -3342,10 +3578,10 @@ def run_handler(cls: Any, /, **args: object) -> object:
                 raise
             handler.response.merge(page)
             handler._written.clear()
-            out = handler.on_error(page)
+            out = await settle(handler.on_error(page))
         return b"".join(handler._written) if out is None else out
     finally:
-        handler.on_finish()
+        await settle(handler.on_finish())
 
 
 def shortcut_of(verb: str) -> Callable:
@@ -3366,7 +3602,8 @@ class App:
         self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
         self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
         self._hooks: Dict[str, List[Callable]] = {  # in the order of their calls
-            name: [] for name in ("before_request", "after_request", "app_reset", "config")}
+            name: [] for name in (
+                "before_request", "after_request", "app_reset", "config", "start", "stop")}
         self._before, self._after = self._hooks["before_request"], self._hooks["after_request"]
         self.config = ConfigDict().load_dict(config)
         self.config.update(catchall=catchall)
@@ -3400,7 +3637,8 @@ class App:
         Without a rule those of yieldroutes(). `method` is one or a list; a Handler class brings its
         own. `apply`: plugins for this route; `skip`: plugins, names or classes of them, or True.
         `stream=True`: call it when the head is in, and let it read the body from
-        request.environ["wsgi.input"] as it arrives. `max_body`: bytes. The rest is for plugins.
+        request.stream as it arrives. `max_body`: bytes. `cancel=True`: cancel an async function
+        when its client has gone. The rest is for plugins.
         """
         if is_handler(method):  # route("/x", Note)
             method, callback = None, method
@@ -3498,6 +3736,16 @@ class App:
             raise KeyError(f"no hook {name!r}; there are {', '.join(self._hooks)}")
         self._hooks[name].insert(0 if name == "after_request" else len(self._hooks[name]), func)
 
+    def on_start(self, func: Callable) -> Callable:
+        """Have a function, sync or async, called in each worker before it serves."""
+        self.add_hook("start", func)
+        return func
+
+    def on_stop(self, func: Callable) -> Callable:
+        """Have it called in each worker when all requests have ended."""
+        self.add_hook("stop", func)
+        return func
+
     def remove_hook(self, name: str, func: Callable) -> Optional[bool]:
         """True if it was there."""
         if func in self._hooks[name]:
@@ -3587,30 +3835,69 @@ class App:
         return found
 
     def _handle(self, environ: Dict[str, Any]) -> Any:
-        """Hooks and the call: what was returned, or the HTTPResponse that was raised."""
+        """Route and call: what was returned, or the HTTPResponse that was raised."""
         try:
-            out: Any = None
-            if self._before:
-                out = next((it for it in run_hooks(self._before) if isinstance(it, Response)), None)
-            if out is None:
-                found = self._find(environ)
-                route, args = found[3], found[4]
-                call = route.call
-                if route.wants_request:
-                    out = call(request=Request(environ), **args)
-                else:  # FAST: a call without ** is half a microsecond shorter
-                    out = call(**args) if args else call()
+            found = self._find(environ)
+            route, args = found[3], found[4]
+            call = route.call
+            if route.wants_request:
+                return call(request=Request(environ), **args)
+            return call(**args) if args else call()  # FAST: without ** half a microsecond shorter
         except Exception as error:
-            out = self.failure(error)
-        if isinstance(out, Response):
-            out = self._apply(out)
-        if self._after:
+            return self.failure(error)
+
+    async def _respond(self, start: Callable, environ: Dict[str, Any], out: Any) -> Any:
+        """The hooks around _handle(), and what becomes of `out`: the body."""
+        try:
             try:
-                list(run_hooks(self._after))
+                for hook in self._before:
+                    out = await settle(hook())
+                    if isinstance(out, Response):
+                        break
+                else:
+                    out = await settle(self._handle(environ) if self._before else out)
             except Exception as error:
+                out = self.failure(error)
+            if isinstance(out, Response):
+                out = self._apply(out)
+            try:
+                for hook in self._after:
+                    await settle(hook())
+            except Exception:
                 close_all(out)
-                out = self._apply(self.failure(error))
-        return out
+                raise
+            out = await self._cast(out)
+        except Exception as error:  # what was returned cannot be sent, or raised another answer
+            out = await self._cast(self._apply(self.failure(error)))
+        return start(out, HTML)
+
+    def _start(self, environ: Dict[str, Any], start_response: Callable, counts: bool, out: Any,
+               kind: Field) -> Iterable[bytes]:
+        """Give the head to the server, and return the body. `kind`: its type, where there is no
+        Response. `counts`: the server knows the length of what it sends."""
+        answer = environ.get("minibottle.response")
+        is_head = environ["REQUEST_METHOD"] == "HEAD"
+        if answer is None:
+            status, headers, has_body = "200 OK", [kind], True
+        else:
+            status, headers = answer.status_line, answer.headerlist
+            has_body = answer.status_code not in BODILESS
+        if "minibottle.files" in environ and "minibottle.above" not in environ:
+            out = closing_too(out, environ["minibottle.files"])
+        if type(out) is bytes:
+            if (is_head or not counts) and has_body and (
+                    answer is None or "Content-Length" not in answer._headers.dict):
+                headers.append(("Content-Length", str(len(out))))
+            out = [out]
+        try:
+            start_response(status, headers)
+        except BaseException:
+            close_all(out)
+            raise
+        if has_body and not is_head:
+            return out  # type: ignore[no-any-return]
+        close_all(out)
+        return []
 
     def _apply(self, out: Response) -> object:
         """Status, headers and cookies of a returned or raised Response onto the request's own."""
@@ -3647,10 +3934,10 @@ class App:
 
     # -- what was returned, to bytes --
 
-    def _cast(self, out: Any) -> Any:
+    async def _cast(self, out: Any) -> Any:
         """A returned value -> the body, as bytes or as an iterable of bytes."""
         if isinstance(out, HTTPError):
-            return self._cast_error(out)
+            return await self._cast_error(out)
         if isinstance(out, str):
             return out.encode(response.charset)
         if isinstance(out, (bytes, bytearray, memoryview)):
@@ -3665,14 +3952,14 @@ class App:
         if isinstance(out, (list, tuple)):
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
-            return self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
+            return await self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
         if isinstance(out, FileWrapper):  # a range, or of a mounted application
             return out
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
-        if hasattr(out, "__iter__"):
-            return self._cast_iterator(out)
+        if hasattr(out, "__aiter__") or hasattr(out, "__iter__"):
+            return await self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
     def _dump_json(self, out: Union[dict, list]) -> bytes:
@@ -3696,25 +3983,29 @@ class App:
                 return page
         return self.default_error_handler
 
-    def _cast_error(self, error: HTTPError) -> Any:
+    async def _cast_error(self, error: HTTPError) -> Any:
         """The page for an HTTPError. A handler that fails costs its page, and no more."""
         handler = self._error_handler_of(error)
         try:
-            out = handler(error)
+            out = await settle(handler(error))
             if out is error:
                 raise RuntimeError("it returned what it was given")
             if isinstance(out, Response):
                 out = self._apply(out)
             if isinstance(out, HTTPError):  # another error: its own text, or its default page
                 out = self.default_error_handler(out) if out.body is None else out.body
-            return self._cast(out)
+            return await self._cast(out)
         except Exception as failure:
             log.error("the error handler for %s failed", error.status_line, exc_info=failure)
         response.status = 500
         response.content_type = "text/plain; charset=UTF-8"
         return b"500 Internal Server Error: the error handler failed\n"
 
-    def _cast_iterator(self, out: Iterable) -> Any:
+    async def _cast_iterator(self, out: Any) -> Any:
+        if hasattr(out, "__aiter__"):
+            return await begin_async(out.__aiter__())
+        if bridge.is_here():
+            return await begin_async(pull_aside(iter(out)))
         body = Body(out)
         encoding = response.charset  # which the code before the first piece may have set
         try:
@@ -3728,43 +4019,24 @@ class App:
     def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
         token = CURRENT.set(environ)
-        planned = environ.get("minibottle.route")
-        kind = HTML
+        planned: Any = environ.get("minibottle.route")
+        # FAST: our server counts the body by itself, where nothing is between us and it
+        counts = bool(planned) and planned[0] is self
         try:
-            try:
-                out = self._handle(environ)
-                if type(out) is str and environ.get("minibottle.response") is None:
-                    out = out.encode("utf-8")  # FAST: the most common first; _cast() agrees
-                elif type(out) is dict and environ.get("minibottle.response") is None:
-                    out, kind = self._dump_json(out), JSON
-                else:
-                    out = self._cast(out)
-            except Exception as error:  # what was returned cannot be sent, or raised another answer
-                out = self._cast(self._apply(self.failure(error)))
-            answer = environ.get("minibottle.response")
-            is_head = environ["REQUEST_METHOD"] == "HEAD"
-            if answer is None:
-                status, headers, has_body = "200 OK", [kind], True
-            else:
-                status, headers = answer.status_line, answer.headerlist
-                has_body = answer.status_code not in BODILESS
-            if "minibottle.files" in environ and "minibottle.above" not in environ:
-                out = closing_too(out, environ["minibottle.files"])
-            if type(out) is bytes:
-                # FAST: our server counts by itself, where nothing is between us and it
-                if (is_head or not planned or planned[0] is not self) and has_body and (
-                        answer is None or "Content-Length" not in answer._headers.dict):
-                    headers.append(("Content-Length", str(len(out))))
-                out = [out]
-            try:
-                start_response(status, headers)
-            except BaseException:
-                close_all(out)
-                raise
-            if has_body and not is_head:
-                return out
-            close_all(out)
-            return []
+            out: Any = None if self._before else self._handle(environ)
+            kind = None
+            if not self._after and environ.get("minibottle.response") is None:
+                try:
+                    if type(out) is str:  # FAST: the most common first; _respond() agrees
+                        out, kind = out.encode("utf-8"), HTML
+                    elif type(out) is dict:
+                        out, kind = self._dump_json(out), JSON
+                except Exception as error:
+                    out = self.failure(error)
+            if kind:
+                return self._start(environ, start_response, counts, out, kind)
+            start = partial(self._start, environ, start_response, counts)
+            return drive(self._respond(start, environ, out))  # type: ignore[no-any-return]
         finally:
             CURRENT.reset(token)
 
@@ -3809,25 +4081,85 @@ def run_hooks(hooks: List[Callable], *args: object, **kwargs: object) -> Iterato
         yield hook(*args, **kwargs)
 
 
+def run_lifecycle(app: Callable, name: str) -> None:
+    """Call the hooks of a worker's "start" or "stop"."""
+    for out in run_hooks(getattr(app, "_hooks", {}).get(name, ())):
+        if hasattr(out, "__await__"):
+            bridge.wait(copy_context(), settle(out))
+
+
+async def begin_async(pieces: Any) -> AsyncBody:
+    """Begin an asynchronous iterator, as Body begins a plain one."""
+    await SWITCH
+    try:
+        first: Any = b""
+        while first in (b"", ""):
+            first = await next_async(pieces)
+        encoding = response.charset
+        return AsyncBody(b"" if first is END else encode_piece(first, encoding), pieces, encoding)
+    except BaseException:
+        await close_async(pieces)
+        raise
+
+
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
     if type(out) is bytes:
         close_all(*files)
+        return out
+    if type(out) is AsyncBody:
+        out.files = files
         return out
     body = Body(out)
     body.close = partial(close_all, out, *files)
     return body
 
 
-def encode_piece(piece: object, encoding: str) -> bytes:
-    """To bytes; the first may also be another answer, as if it were raised."""
-    if isinstance(piece, str):
-        return piece.encode(encoding)
-    if isinstance(piece, bytes):
-        return piece
-    if isinstance(piece, HTTPResponse):
-        raise piece
-    raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
+def event_stream(events: Any, keepalive: float = 15.0) -> Any:
+    """Server-sent events: return event_stream(events) with an iterator, async or not, of str, of
+    {"data": …, "event": "name", "id": "7", "retry": milliseconds}, or of what has a JSON form.
+
+    A comment goes out every `keepalive` seconds without an event. A browser that comes back sends
+    the id that it has seen last as the header Last-Event-ID.
+    """
+    for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
+                        ("X-Accel-Buffering", "no")):  # the last is for nginx
+        response.headers[name] = value
+    return iter_events(events if hasattr(events, "__aiter__") else pull_aside(iter(events)),
+                       keepalive)
+
+
+async def iter_events(events: Any, keepalive: float) -> Any:
+    import asyncio
+    yield ":\n\n"  # so that the head goes out before the first event
+    step: Any = None
+    try:
+        while True:
+            step = asyncio.ensure_future(next_async(events))
+            while not (await asyncio.wait([step], timeout=keepalive))[0]:
+                yield ":\n\n"
+            if step.result() is END:
+                return
+            yield format_event(step.result())
+    finally:
+        if step is not None and not step.done():
+            step.cancel()
+            await asyncio.wait([step])
+        await close_async(events)
+
+
+def format_event(event: Any) -> str:
+    """{"data": "a\\nb", "id": 7} -> "id: 7\\ndata: a\\ndata: b\\n\\n"."""
+    fields = event if isinstance(event, dict) and "data" in event else {"data": event}
+    lines = []
+    for name in ("event", "id", "retry", "data"):
+        if name in fields:
+            value = fields[name]
+            text = str(value) if isinstance(value, (str, int)) else json_dumps(value)
+            if name != "data" and re.search("[\r\n\0]", text):
+                raise ValueError(f"the {name} of an event is one line, not {text!r:.60}")
+            lines += [f"{name}: {line}\n" for line in re.split("\r\n|\r|\n", text)]
+    return "".join(lines) + "\n"
 
 
 def printable(text: object) -> str:
@@ -3835,7 +4167,7 @@ def printable(text: object) -> str:
     return str(text).encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
-# === 11. Test client ==========================================================
+# === 12. Test client ==========================================================
 # Requests to an application in this process: no socket, no server, cookies kept.
 
 class Answer:
@@ -3966,7 +4298,7 @@ class TestClient:
             close_all(body)
 
 
-# === 12. Event loop ===========================================================
+# === 13. Event loop ===========================================================
 # One loop, which changes threads when user code blocks. Three things have owners, and each changes
 # hands by one atomic container operation, never by a flag and a check:
 #   the loop       one ticket. In the hand of the thread that runs the loop, on that thread's own
@@ -4115,6 +4447,7 @@ class Loop:
     on_error: Callable[["Exchange", BaseException, Hand], None]  # it has none in time
     release: Callable[["Exchange", Hand], None]      # it will not be answered
     on_turn: Callable[[Hand], None]                  # after each poll
+    on_taken_event: Callable[[Connection], None]     # seen while a thread or asyncio has it
     on_hung: Callable[[Hand, float], None]           # a call lasts too long
 
     def __init__(self, settings: Settings) -> None:
@@ -4403,6 +4736,7 @@ class Loop:
                 return
             c.mask = OFF
             self.poller.modify(fd, OFF)
+            self.on_taken_event(c)
             if self.ready.get(fd) is c:  # given back just now by one who saw the old mask
                 c.mask = c.want
                 self.poller.modify(fd, c.want)
@@ -4542,7 +4876,7 @@ class Loop:
         self.bell.wake()
 
 
-# === 13. Server connection ====================================================
+# === 14. Server connection ====================================================
 # HTTP on the loop: a head is read and parsed, its body collected, the application called, the
 # answer sent. What the socket does not take of bytes or of a file waits in the loop; an iterator
 # that is not done leaves the loop together with its thread, since what it holds may be bound to it.
@@ -4569,7 +4903,7 @@ class Exchange:
 
     __slots__ = ("worker", "connection", "environ", "plan", "ending", "body", "began", "status",
                  "bodiless", "headers", "lines", "length", "ours", "head_sent", "chunked", "left",
-                 "result", "iterator", "out", "offset", "queued", "sent")
+                 "result", "iterator", "out", "offset", "queued", "sent", "task")
     plan: Plan                # set once routed
     began: float              # when the application was called
     status: str               # set by start_response
@@ -4584,6 +4918,7 @@ class Exchange:
     offset: int               # in a file: where what is sent begins
     queued: int               # bytes that the system held for the peer at the last look
     sent: int                 # bytes of body, for the log
+    task: Any                 # of asyncio, to be cancelled when the client has gone
 
     def begin(self, worker: "Worker", connection: Connection, environ: Dict[str, Any]) -> None:
         """What __init__ would do. FAST: called from here it takes half the time."""
@@ -4735,10 +5070,12 @@ class Worker(Loop):
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings) -> None:
         super().__init__(settings)
         # FAST: a bound method is called without the detour over its class
-        target: Any = app
+        self.target: Any = app
+        target = self.target
         self.app = target.__call__ if hasattr(type(app).__call__, "__code__") else target
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
+        self.aside = Hand()                  # asyncio's thread: it never has the loop
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
         import logging
@@ -4780,6 +5117,18 @@ class Worker(Loop):
             "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
             "minibottle.settings": self.settings})
         return environ
+
+    def open(self) -> Worker:
+        """Call what the application wants called before it serves."""
+        run_lifecycle(self.target, "start")
+        return self
+
+    def shut_down(self) -> None:
+        super().shut_down()
+        try:
+            run_lifecycle(self.target, "stop")
+        except Exception as error:
+            log.error("an on_stop function failed", exc_info=error)
 
     def learned_plan(self, environ: Dict[str, Any]) -> Plan:
         """For an application without minibottle_plan: what its first path segment has taught."""
@@ -4946,7 +5295,7 @@ class Worker(Loop):
             x.plan.took(now - began)
         if error is not None:
             return self.on_error(x, error, me)
-        if x.body is not None and not x.body.is_done():
+        if x.body is not None and type(result) is not Pending and not x.body.is_done():
             x.ending = CLOSE
         if type(result) is list and x.lines is not None and not x.head_sent:
             return self.send_list(x, result, now, me)
@@ -5144,6 +5493,10 @@ class Worker(Loop):
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
         x.result = result
+        if type(result) is Pending:
+            return bridge.spawn(result.context, self.complete(x, result))
+        if type(result) is AsyncBody:
+            return bridge.spawn(result.context, self.pump_async(x, result))
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
@@ -5200,10 +5553,7 @@ class Worker(Loop):
         if not any(name.lower() == "content-type" and value.startswith("text/event-stream")
                    for name, value in x.headers):
             return False
-        try:
-            return not x.connection.sock.recv(1, socket.MSG_PEEK)
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
+        return is_at_end(x.connection.sock)
 
     def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
         """Send all of it; where the socket takes no more, leave the loop and wait. False: the
@@ -5263,6 +5613,73 @@ class Worker(Loop):
             return self.await_write(x, monotonic(), x.sent - began)
         self.close_result(x, me)
         self.finish(x, monotonic(), me)
+
+    # -- on asyncio --
+
+    async def complete(self, x: Exchange, pending: Pending) -> None:
+        """See a request to its end whose application awaits. Meanwhile no thread has it."""
+        me, x.result = self.aside, None
+        if x.plan.cancel:
+            x.task = bridge.asyncio.current_task()
+        try:
+            result = await pending
+        except bridge.asyncio.CancelledError:
+            return self.abort(x, me)
+        except BaseException as error:
+            return self.on_error(x, error, me)
+        if x.body is not None and not x.body.is_done():
+            x.ending = CLOSE
+        if type(result) is AsyncBody:
+            await self.pump_async(x, result)
+        elif type(result) is list:
+            self.send_list(x, result, monotonic(), me)
+        else:
+            self.respond(x, result, me)
+
+    async def pump_async(self, x: Exchange, body: AsyncBody) -> None:
+        """pump(), of an asynchronous iterator: as fast as the client takes it."""
+        me, x.result = self.aside, None
+        x.task = bridge.asyncio.current_task()
+        step, end = bytes, bytes
+        try:
+            if x.bodiless:
+                return self.send_whole(x, b"", me)
+            if self.negotiate(x, x.length):
+                step, end = gzip_coder(self.settings.gzip_level)
+            async for piece in body:
+                if piece and not await self.transmit_async(x, self.frame(x, step(piece))):
+                    return self.abort(x, me)
+        except bridge.asyncio.CancelledError:
+            return self.abort(x, me)
+        except BaseException as error:
+            return self.on_error(x, error, me)
+        finally:
+            await body.aclose()
+        self.send_last(x, end(), me)
+
+    async def transmit_async(self, x: Exchange, data: bytes) -> bool:
+        """transmit(), without a thread."""
+        sock, view = x.connection.sock, memoryview(data)
+        try:
+            while view:
+                try:
+                    view = view[sock.send(view):]
+                except (BlockingIOError, InterruptedError):
+                    ready = bridge.asyncio.Event()
+                    bridge.loop.add_writer(sock, ready.set)
+                    try:
+                        await bridge.asyncio.wait_for(ready.wait(), self.settings.write_timeout)
+                    finally:
+                        bridge.loop.remove_writer(sock)
+        except (OSError, bridge.asyncio.TimeoutError):
+            return False
+        return True
+
+    def on_taken_event(self, c: Connection) -> None:
+        """Something has come while asyncio has it: if that is the end, nobody waits any more."""
+        task: Any = getattr(c.exchange, "task", None)
+        if task is not None and is_at_end(c.sock):
+            bridge.loop.call_soon_threadsafe(task.cancel)
 
     # -- errors --
 
@@ -5366,6 +5783,14 @@ class Worker(Loop):
             self.user(me, write_to, sys.stdout, "\n".join(lines) + "\n")
 
 
+def is_at_end(sock: socket.socket) -> bool:
+    """Has the peer closed its side?"""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)
+
+
 def end_of_head(environ: Dict[str, Any]) -> bytes:
     """KEEP, KEEP_OLD or CLOSE, as the client wants it (RFC 9112 9.3)."""
     options = [part.strip(" \t") for part in environ.get("HTTP_CONNECTION", "").lower().split(",")]
@@ -5455,7 +5880,7 @@ class LogStream(io.TextIOBase):
         return len(text)
 
 
-# === 14. Workers ==============================================================
+# === 15. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target, which may call run(), and tells the master over its own pair of sockets (the link)
 # what settings hold then; the first one's say where to listen, and the listeners come back. The
@@ -5533,7 +5958,8 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
             signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT)), on_signal))
     print_started(sockets, "one process", settings)
     try:
-        worker.monitor()
+        worker.open().monitor()
+        bridge.cancel_all(SHUT_DOWN_SECONDS)
     finally:
         unlink_sockets()
 
@@ -5679,9 +6105,11 @@ class Master:
         worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
         worker.bell.on_signals({signal.SIGTERM: lambda number, frame: worker.drain(),
                                 signal.SIGQUIT: lambda number, frame: worker.stop()})
+        worker.open()
         worker.on_heartbeat(monotonic())
         tell(link, {"ready": os.getpid()})
         worker.monitor()
+        bridge.cancel_all(SHUT_DOWN_SECONDS)
 
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
@@ -5979,6 +6407,7 @@ class Server:
         self.thread = threading.Thread(target=self.worker.monitor, daemon=True, name="minibottle")
 
     def start(self) -> "Server":
+        self.worker.open()
         self.thread.start()
         return self
 
@@ -6019,7 +6448,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
     return None
 
 
-# === 15. Default app and command line =========================================
+# === 16. Default app and command line =========================================
 # The module-level shortcuts of Bottle, run(), and `python minibottle.py module:name`.
 
 def make_default_app_wrapper(name: str) -> Callable:

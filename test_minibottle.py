@@ -2110,7 +2110,7 @@ class SignedCookieTest(UnitTest):
                          [True, False, False])
 
 
-# === 6. Request and Response ==================================================
+# === 7. Request and Response ==================================================
 
 class RequestTest(UnitTest):
 
@@ -2547,7 +2547,7 @@ class BottleResponseTest(UnitTest):
         thread.join()
 
 
-# === 7. Files and gzip ========================================================
+# === 8. Files and gzip ========================================================
 
 HTML = ("Content-Type", "text/html")
 
@@ -3018,7 +3018,7 @@ class ServedFileTest(StaticFiles, WireTest):
             self.assertEqual((rest.status_code, got + rest.content == self.DATA), (206, True))
 
 
-# === 8. Router ================================================================
+# === 9. Router ================================================================
 
 class RouterTest(UnitTest):
 
@@ -3232,7 +3232,7 @@ class BottleRouterTest(UnitTest):
             self.assertEqual(ask(app_of(lambda: "x", rule), path).text, "x")
 
 
-# === 9. Templates =============================================================
+# === 10. Templates ============================================================
 
 rendered = minibottle.template
 
@@ -3638,7 +3638,7 @@ class Jinja2Test(UnitTest):
         self.assertEqual(func(), "12")
 
 
-# === 10. App ==================================================================
+# === 11. App ==================================================================
 
 JSON, TEXT_HTML = "application/json", "text/html; charset=UTF-8"
 RETURNED = [  # (what makes the value, status, content type, body)
@@ -4887,7 +4887,7 @@ class MountTest(UnitTest):
         self.assertFalse(app.minibottle_plan(environ_of("/c/none")).early)
 
 
-# === 11. Test client ==========================================================
+# === 12. Test client ==========================================================
 
 class TestClientTest(UnitTest):
 
@@ -5106,7 +5106,7 @@ class ClientsTest(UnitTest):
         client.get("/data.bin", headers={"Range": "bytes=9999-"}, status=416)
 
 
-# === 12. Event loop ===========================================================
+# === 13. Event loop ===========================================================
 
 SECONDS, GUESTS = (30, 100) if LONG else (1, 40)
 PATIENCE = 10 * SLOW                   # seconds without a byte: the request is stuck
@@ -5716,7 +5716,7 @@ class WorkerUnderLoadTest(unittest.TestCase):
             time.sleep(0.1)
 
 
-# === 13. Server connection ====================================================
+# === 14. Server connection ====================================================
 
 HELLO5 = b"5\r\nhello\r\n0\r\n\r\n"
 CORPUS = [  # (name, bytes on the wire, status or statuses that are right)
@@ -6886,7 +6886,7 @@ class AroundTest(WireTest):
             contextvars.Context().run(getattr, request, "path")
 
 
-# === 14. Workers ==============================================================
+# === 15. Workers ==============================================================
 
 class Busy(threading.Thread):
     """A client that asks again and again, on one connection while that lasts."""
@@ -7617,7 +7617,7 @@ class CommandResourcesTest(PooledTest):
         self.assertEqual(finish(start=("-X", "dev", "-c", script)), (0, "", ""))
 
 
-# === 15. Default app and command line =========================================
+# === 16. Default app and command line =========================================
 
 def is_served(url):
     with contextlib.suppress(OSError):
@@ -8166,7 +8166,7 @@ class CommandOnPoorSystemTest(PooledTest):
             self.assertEqual((server.stop(), server.find("asked the network")), (0, None))
 
 
-# === 16. Examples =============================================================
+# === 17. Examples =============================================================
 
 EXAMPLES = {        # module: expression that gives the WSGI application
     "hello": lambda module: module.app,
@@ -8498,7 +8498,7 @@ class CommandExamplesTest(PooledTest):
                 self.assertEqual(server.stop(), 0, server.said())
 
 
-# === 17. Layout ===============================================================
+# === 18. Layout ===============================================================
 
 PROGRAM = SOURCE.decode("utf-8")
 BANNERS = [(PROGRAM.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
@@ -8673,7 +8673,7 @@ class LayoutTest(unittest.TestCase):
         self.assertEqual(len(names), len(set(names)))
 
 
-# === 18. Bottle's own tests, and plugins of others ============================
+# === 19. Bottle's own tests, and plugins of others ============================
 
 BOTTLE_TESTS = os.environ.get("BOTTLE_TESTS")    # the folder `test` of Bottle 0.13's source
 
