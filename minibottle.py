@@ -3895,7 +3895,7 @@ class App:
             close_all(out)
             raise
         if has_body and not is_head:
-            return out  # type: ignore[no-any-return]
+            return out
         close_all(out)
         return []
 
@@ -4036,7 +4036,7 @@ class App:
             if kind:
                 return self._start(environ, start_response, counts, out, kind)
             start = partial(self._start, environ, start_response, counts)
-            return drive(self._respond(start, environ, out))  # type: ignore[no-any-return]
+            return drive(self._respond(start, environ, out))
         finally:
             CURRENT.reset(token)
 
@@ -5067,12 +5067,11 @@ class RequestBody(io.RawIOBase):
 class Worker(Loop):
     """Serves a WSGI application on sockets that are bound already."""
 
-    def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings) -> None:
+    def __init__(self, app: Any, sockets: List[socket.socket], settings: Settings) -> None:
         super().__init__(settings)
+        self.target = app
         # FAST: a bound method is called without the detour over its class
-        self.target: Any = app
-        target = self.target
-        self.app = target.__call__ if hasattr(type(app).__call__, "__code__") else target
+        self.app = app.__call__ if hasattr(type(app).__call__, "__code__") else app
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.aside = Hand()                  # asyncio's thread: it never has the loop
@@ -5640,7 +5639,8 @@ class Worker(Loop):
         """pump(), of an asynchronous iterator: as fast as the client takes it."""
         me, x.result = self.aside, None
         x.task = bridge.asyncio.current_task()
-        step, end = bytes, bytes
+        step: Callable = bytes
+        end: Callable = bytes
         try:
             if x.bodiless:
                 return self.send_whole(x, b"", me)

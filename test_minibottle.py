@@ -348,6 +348,59 @@ class Recorder:
 
 # Modules that the server is started with; they lie in FOLDER, where it is started.
 MODULES = {
+    "lifecycle": """
+import asyncio, os, sys
+from minibottle import App
+
+app = App()
+
+
+def say(text):
+    print(text, "in", os.getpid(), file=sys.stderr, flush=True)
+
+
+async def tick():
+    try:
+        await asyncio.sleep(60)
+    finally:
+        say("task cancelled")
+
+
+@app.on_start
+async def begin():
+    app.task = asyncio.ensure_future(tick())
+    say("started")
+
+
+@app.on_start
+def begin_too():
+    say("started too")
+
+
+@app.on_stop
+def end():
+    say("stopped")
+
+
+@app.on_stop
+async def end_too():
+    await asyncio.sleep(0)
+    say("stopped too")
+
+
+@app.get("/")
+async def index():
+    return str(os.getpid())
+
+
+class Broken(App):
+    def __init__(self):
+        super().__init__()
+
+        @self.on_start
+        async def fail():
+            raise ValueError("no database")
+""",
     "shop": """
 import ctypes, gc, os, re, sys, time
 import minibottle
@@ -4227,6 +4280,27 @@ def make_site():
     def old():
         redirect("/")
 
+    @app.get("/async/loop")
+    async def loop():
+        await asyncio.sleep(0.01)
+        return {"loop": id(asyncio.get_running_loop()), "path": request.path}
+
+    @app.get("/async/count")
+    async def count_slowly():
+        for i in range(1000):
+            await asyncio.sleep(0)
+            yield "{} bottles\n".format(i)
+
+    @app.get("/async/file")
+    async def source_slowly():
+        await asyncio.sleep(0)
+        return open(__file__, "rb")
+
+    @app.get("/async/secret")
+    async def secret_slowly():
+        await asyncio.sleep(0)
+        abort(403, "Not for you.")
+
     return app
 
 
@@ -4309,6 +4383,16 @@ class SiteChecks(OverSocket):
         status, headers, body = fetch(self.url, "/old")
         self.assertIn(status, (302, 303))
         self.assertEqual(urljoin(self.url + "/old", headers["Location"]), self.url + "/")
+
+    def test_async_functions_share_one_loop(self):
+        found = {json.loads(fetch(self.url, "/async/loop")[2])["loop"] for _ in range(20)}
+        self.assertEqual(len(found), 1)
+
+    def test_an_async_function_answers_as_a_function_does(self):
+        for path in ("count", "file", "secret"):
+            with self.subTest(path=path):
+                plain, slow = fetch(self.url, "/" + path), fetch(self.url, "/async/" + path)
+                self.assertEqual((slow[0], slow[2]), (plain[0], plain[2]))
 
 
 class SiteOnBuiltinServerTest(SiteChecks, unittest.TestCase):
@@ -4885,6 +4969,216 @@ class MountTest(UnitTest):
         self.assertFalse(app.minibottle_plan(environ_of("/wsgi/none")).early)
         app.add_hook("before_request", lambda: None)
         self.assertFalse(app.minibottle_plan(environ_of("/c/none")).early)
+
+
+class AsyncTest(UnitTest):
+    """`async def` wherever a function is taken. In process: who calls waits for asyncio."""
+
+    def test_an_async_function_may_return_what_a_function_may(self):
+        for value, body in (("ö", "ö".encode()), (b"a", b"a"), ({"a": 1}, b'{"a": 1}'),
+                            ([1], b"[1]"), (None, b""), (["a", "b"], b"ab"),
+                            (HTTPResponse("x", 201), b"x"), (io.BytesIO(b"file"), b"file")):
+            async def callback():
+                await asyncio.sleep(0)
+                return value
+            with self.subTest(value=value):
+                self.assertEqual(answer_of(callback).body, body)
+                self.assertEqual(answer_of(callback, method="HEAD").body, b"")
+
+    def test_it_is_given_what_a_function_is_given(self):
+        async def callback(request, name):
+            await asyncio.sleep(0)
+            response.set_header("X-Path", minibottle.request.path)
+            return {"name": name, "same": request.environ is minibottle.request.environ}
+        answer = ask(app_of(callback, "/<name>"), "/ada")
+        self.assertEqual((answer.json, answer.headers["X-Path"]),
+                         ({"name": "ada", "same": True}, "/ada"))
+
+    def test_what_it_raises_is_handled_as_from_a_function(self):
+        async def stop(what):
+            await asyncio.sleep(0)
+            raise what
+        app = App()
+        app.route("/abort", callback=lambda: stop(HTTPError(403, "Not you.")))
+        app.route("/answer", callback=lambda: stop(HTTPResponse("x", 202)))
+        app.route("/fail", callback=lambda: stop(ValueError("x")))
+        self.assertEqual([ask(app, path).status_code for path in ("/abort", "/answer")], [403, 202])
+        with self.assertLogged():
+            self.assertEqual(ask(app, "/fail").status_code, 500)
+
+    def test_hooks_and_error_handlers_may_be_async(self):
+        app, seen = app_of(lambda: abort(418)), []
+
+        @app.hook("before_request")
+        async def before():
+            await asyncio.sleep(0)
+            seen.append("before")
+
+        @app.hook("after_request")
+        async def after():
+            await asyncio.sleep(0)
+            response.set_header("X-After", "1")
+
+        @app.error(418)
+        async def teapot(error):
+            await asyncio.sleep(0)
+            return "I am " + error.status_line[4:]
+        answer = ask(app)
+        self.assertEqual((answer.text, answer.headers["X-After"], seen),
+                         ("I am I'm a teapot", "1", ["before"]))
+        app.add_hook("before_request", lambda: HTTPResponse("stop"))
+        self.assertEqual(ask(app).text, "stop")
+
+    def test_the_methods_of_a_handler_may_be_async_each_for_itself(self):
+        ended = []
+
+        class Note(minibottle.Handler):
+            async def prepare(self):
+                await asyncio.sleep(0)
+                self.user = "ada"
+
+            async def get(self):
+                self.write(self.user)
+                await asyncio.sleep(0)
+                self.write("!")
+
+            def post(self):
+                abort(400, "no")
+
+            async def on_error(self, error):
+                await asyncio.sleep(0)
+                return {"error": error.status_code}
+
+            async def on_finish(self):
+                await asyncio.sleep(0)
+                ended.append(self.user)
+        app = App()
+        app.route("/", Note)
+        self.assertEqual((ask(app).text, ask(app, "/", "POST").json, ended),
+                         ("ada!", {"error": 400}, ["ada", "ada"]))
+
+    def test_an_async_generator_is_streamed_and_closed(self):
+        closed = queue.Queue()
+
+        async def callback():
+            try:
+                yield ""
+                response.status = 201
+                yield "a"
+                await asyncio.sleep(0)
+                yield b"b"
+            finally:
+                closed.put(request.path)
+        answer = answer_of(callback)
+        self.assertEqual((answer.status_code, answer.body), (201, b"ab"))
+        self.assertEqual(closed.get(timeout=TIMEOUT), "/")
+        self.assertEqual(answer_of(callback, method="HEAD").body, b"")
+        self.assertEqual(closed.get(timeout=TIMEOUT), "/")
+        result = app_of(callback)(environ_of(), lambda *args: None)
+        self.assertEqual(next(iter(result)), b"a")
+        result.close()
+        self.assertEqual(closed.get(timeout=TIMEOUT), "/")
+
+    def test_a_plain_generator_of_an_async_function_runs_on_a_thread(self):
+        threads = []
+
+        async def callback():
+            threads.append(threading.current_thread())
+
+            def pieces():
+                threads.append(threading.current_thread())
+                yield request.path
+            return pieces()
+        self.assertEqual(answer_of(callback).text, "/")
+        self.assertIsNot(*threads)
+
+    def test_what_an_async_function_cannot_return_is_a_500(self):
+        async def number():
+            return 5
+
+        async def numbers():
+            yield "a"
+            yield 5
+        with self.assertLogged():
+            self.assertEqual(answer_of(number).status_code, 500)
+        with self.assertRaises(TypeError):
+            answer_of(numbers)
+
+    def test_all_requests_share_one_loop_inside_a_running_one_too(self):
+        async def loop():
+            return str(id(asyncio.get_running_loop()))
+        app = app_of(loop)
+
+        async def main():
+            return ask(app).text
+        found = {ask(app).text for _ in range(100)} | {asyncio.run(main())}
+        self.assertEqual(len(found), 1)
+
+    def test_an_async_function_behind_a_mount_and_a_plugin(self):
+        async def callback():
+            await asyncio.sleep(0)
+            return request.script_name
+        inner, outer = app_of(callback, "/x"), App()
+        inner.install(lambda function: lambda **args: function(**args))
+        outer.mount("/in", inner)
+        self.assertEqual(ask(outer, "/in/x").text, "/in/")
+
+    def test_context_variables_flow_from_a_hook_into_an_async_function(self):
+        user = contextvars.ContextVar("user")
+
+        async def callback():
+            await asyncio.sleep(0)
+            return user.get()
+        app = app_of(callback)
+        app.add_hook("before_request", lambda: user.set("ada") and None)
+        self.assertEqual(ask(app).text, "ada")
+
+    def test_the_body_is_read_in_pieces(self):
+        async def count(request):
+            return str(sum([len(piece) async for piece in request.stream]))
+        for callback in (count, lambda request: str(sum(map(len, request.stream)))):
+            app = app_of(callback, method="POST", path="/")
+            self.assertEqual(TestClient(app).post("/", body=b"x" * 200000).text, "200000")
+
+
+class EventStreamTest(UnitTest):
+    """Server-sent events, as the HTML standard says (9.2.5 Parsing an event stream)."""
+
+    def events(self, source, **options):
+        def callback():
+            return minibottle.event_stream(source, **options)
+        answer = answer_of(callback)
+        self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
+        return answer.text
+
+    def test_events_have_their_fields_and_a_line_for_each_line(self):
+        for event, text in (
+                ("a", "data: a\n\n"), ("a\nb\r\nc\rd", "data: a\ndata: b\ndata: c\ndata: d\n\n"),
+                ({"n": 1}, 'data: {"n": 1}\n\n'), ([1], "data: [1]\n\n"), ("", "data: \n\n"),
+                ({"data": {"n": 1}, "id": 7, "event": "tick", "retry": 100},
+                 'event: tick\nid: 7\nretry: 100\ndata: {"n": 1}\n\n')):
+            self.assertEqual(self.events([event]), ":\n\n" + text)
+
+    def test_a_line_break_in_a_name_or_id_is_refused(self):
+        for event in ({"data": "x", "id": "1\ndata: y"}, {"data": "x", "event": "a\rb"}):
+            with self.assertRaisesRegex(ValueError, "one line"):
+                self.events([event])
+
+    def test_silence_is_filled_with_comments(self):
+        go = threading.Event()
+
+        def source():
+            go.wait(10)
+            yield "x"
+
+        def callback():
+            return minibottle.event_stream(source(), keepalive=0.01)
+        body = app_of(callback)(environ_of(), lambda *args: None)
+        pieces = iter(body)
+        self.assertEqual([next(pieces) for _ in range(3)], [b":\n\n"] * 3)
+        go.set()
+        self.assertEqual(list(pieces)[-1], b"data: x\n\n")
+        body.close()
 
 
 # === 12. Test client ==========================================================
@@ -6866,6 +7160,157 @@ class StreamTest(WireTest):
         wire.reset()
 
 
+class AsyncServedTest(WireTest):
+    """Coroutines on our server: they hold no thread, and nothing else waits for them."""
+
+    def read(self, server, path):
+        return self.fetch(server, get(path))
+
+    def test_a_hundred_that_sleep_end_together_while_others_sleep_and_burn(self):
+        app = App()
+
+        @app.get("/await")
+        async def wait():
+            await asyncio.sleep(1)
+            return "awake"
+
+        @app.get("/sleep")
+        def sleep():
+            time.sleep(1)
+            return "slept"
+
+        @app.get("/burn")
+        def burn():
+            end = time.monotonic() + 1
+            while time.monotonic() < end:
+                pass
+        server = self.serve(app, max_threads=4)
+        wires = [self.connect(server) for _ in range(102)]
+        start = time.monotonic()
+        for wire, path in zip(wires, ["/sleep", "/burn"] + ["/await"] * 100):
+            wire.send(get(path))
+        self.assertEqual([wire.answer().body for wire in wires[2:]], [b"awake"] * 100)
+        self.assertLess(time.monotonic() - start, 1.5 * SLOW)
+        self.assertEqual([wire.answer().status for wire in wires[:2]], [200, 200])
+        self.assertLess(threading.active_count(), 20)
+
+    def test_requests_on_one_connection_are_answered_in_order(self):
+        app = App()
+
+        @app.get("/<seconds:float>")
+        async def wait(seconds):
+            await asyncio.sleep(seconds)
+            return str(seconds)
+        app.route("/", callback=lambda: "now")
+        wire = self.connect(self.serve(app)).send(get("/0.05") + get("/") + get("/0.01"))
+        self.assertEqual([wire.answer().body for _ in range(3)], [b"0.05", b"now", b"0.01"])
+
+    def test_a_generator_waits_for_a_slow_reader(self):
+        made = []
+
+        async def pieces():
+            for _ in range(2000):
+                made.append(1)
+                yield b"x" * 50000
+        server = self.serve(app_of(pieces))
+        wire = self.connect(server, receive_bytes=4096).send(get())
+        wire.sock.recv(1, socket.MSG_PEEK)
+        counts = [0]
+        while counts[-1] != len(made):
+            counts.append(len(made))
+            time.sleep(0.1)
+        self.assertLess(len(made), 500)     # what the system buffers: a few MB at most
+        self.assertEqual(len(wire.answer().body), 100000000)
+
+    def test_when_the_client_goes_streams_and_who_wants_it_are_cancelled(self):
+        ended = queue.Queue()
+        app = App()
+
+        async def forever(name):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.put(name)
+
+        @app.get("/stream")
+        async def stream():
+            yield "x"
+            await forever("stream")
+
+        @app.get("/cancel", cancel=True)
+        async def cancel():
+            await forever("cancel")
+
+        @app.get("/finish")
+        async def finish():
+            await asyncio.sleep(0.1)
+            ended.put("finish")
+        server, log = self.serve(app), self.listen_to_log()
+        for path in ("/stream", "/cancel", "/finish"):
+            wire = self.connect(server).send(get(path))
+            if path == "/stream":
+                wire.head()
+            else:
+                self.wait_until(lambda: bridge_tasks())
+            wire.close()
+            self.assertEqual(ended.get(timeout=TIMEOUT), path[1:])
+        self.assertTrue(log.queue.empty())
+
+    def wait_until(self, condition):
+        end = time.monotonic() + TIMEOUT
+        while not condition():
+            self.assertLess(time.monotonic(), end, "waited in vain")
+            time.sleep(0.005)
+
+    def test_a_body_is_read_by_a_coroutine_as_it_arrives(self):
+        app = App()
+
+        @app.post("/", stream=True)
+        async def count(request):
+            sizes = [len(piece) async for piece in request.stream]
+            return str(sum(sizes))
+        wire = self.connect(self.serve(app))
+        wire.send(post("Content-Length: 10", "Expect: 100-continue"))
+        self.assertEqual(wire.head()[0], 100)
+        wire.send(b"12345").send(b"67890")
+        self.assertEqual(wire.answer().body, b"10")
+        self.assertEqual(wire.send(post("Content-Length: 1", body=b"x")).answer().body, b"1")
+
+    def test_events_arrive_at_once_compressed_too(self):
+        go = threading.Semaphore(0)
+
+        async def events():
+            for n in range(3):
+                yield {"data": {"n": n}}
+                while not go.acquire(blocking=False):
+                    await asyncio.sleep(0.01)
+        server = self.serve(app_of(lambda: minibottle.event_stream(events())))
+        for line in ("", "Accept-Encoding: gzip"):
+            wire = self.connect(server).send(get("/", *[line] if line else []))
+            _, _, headers = wire.head()
+            coder = zlib.decompressobj(31 if line else -15)
+            decode = coder.decompress if line else bytes
+            self.assertEqual(headers["Content-Encoding"], "gzip" if line else None)
+            self.assertEqual(decode(wire.chunk()), b":\n\n")
+            for n in range(3):
+                self.assertEqual(decode(wire.chunk()), b'data: {"n": %d}\n\n' % n)
+                go.release()
+
+    def test_what_fails_after_the_head_resets_the_connection(self):
+        async def pieces():
+            yield "x"
+            raise ValueError("broke off")
+        server, log = self.serve(app_of(pieces)), self.listen_to_log()
+        with self.assertRaises((Cut, ConnectionResetError)):
+            self.fetch(server, get())
+        self.assertIn("unhandled exception", log.next())
+
+
+def bridge_tasks():
+    """The tasks on the asyncio loop of minibottle."""
+    return asyncio.all_tasks(minibottle.bridge.loop) if minibottle.bridge.loop else ()
+
+
 class AroundTest(WireTest):
 
     def test_a_middleware_sees_the_request_before_and_after_the_application(self):
@@ -6976,19 +7421,33 @@ class CommandMasterTest(PooledTest):
                 self.assertEqual(fetch(server.url)[0], 200)      # it waited for the next one
             self.assertEqual(server.stop(), 0)
 
+    def test_each_worker_calls_what_is_to_be_called_at_its_start_and_stop(self):
+        with serve("lifecycle:app", "--workers", "2") as server:
+            self.wait_for_workers(server, 2, "/")
+            pids = sorted(server.children())
+            self.assertEqual(server.stop(), 0)
+            said = server.said()
+            for text in ("started", "started too", "stopped", "stopped too", "task cancelled"):
+                self.assertEqual(sorted(map(int, re.findall(r"%s in (\d+)" % text, said))), pids)
+
+    def test_an_application_that_fails_at_its_start_stops_the_server(self):
+        with Command("lifecycle:Broken") as server:
+            self.assertEqual(server.wait(), 1)
+            self.assertRegex(server.said(), "cannot start(.|\n)*no database")
+
     def test_the_master_does_not_import_the_application(self):
         with serve("reports:app", "--workers", "2") as server:
             self.wait_for_workers(server, 2)
             self.assertTrue(wait_until(lambda: set(server.children()) == set(
                 map(int, re.findall(r"imported by (\d+)", server.said())))), server.said())
 
-    def wait_for_workers(self, server, count):
+    def wait_for_workers(self, server, count, path="/pid"):
         """Until so many have answered."""
         with contextlib.ExitStack() as stack:
             pids = set()
             while len(pids) < count:
                 client = stack.enter_context(contextlib.closing(Client(server.url)))
-                pids.add(client.ask("/pid")[2])
+                pids.add(client.ask(path)[2])
 
     @contextlib.contextmanager
     def serve_frail(self, lives):
