@@ -41,8 +41,9 @@ ONE REQUEST (-> calls)
         -> App.minibottle_plan               which route, before the body
         -> begin_special -> collect          the body, if there is one
         -> call -> App.__call__ -> wsgi -> _handle -> your function
-                                        -> _cast -> Exchange.start_response
-        -> send_list | respond -> pump       the answer
+                                        -> _respond (hooks, what awaits) -> _cast
+                                        -> _start -> Exchange.start_response
+        -> send_list | respond -> pump       the answer; of what awaits: complete, on asyncio
         -> finish -> Loop.give               the connection waits for the next request
 
 GLOSSARY
@@ -3132,8 +3133,8 @@ jinja2_view = partial(view, template_adapter=Jinja2Template)
 
 # === 11. App ==================================================================
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
-# request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (hooks, route, call) ->
-# _cast (what was returned to bytes) -> start_response.
+# request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (route, call) -> _respond
+# (hooks, if there are any; what awaits) -> _cast (what was returned to bytes) -> _start.
 
 class PluginError(BottleException):
     """A plugin cannot do its work here."""

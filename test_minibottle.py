@@ -9014,6 +9014,14 @@ class ReadmeTest(unittest.TestCase):
             self.assertEqual(answer.headers["Access-Control-Allow-Origin"], "https://example.org")
         self.assertEqual(answers[-1].headers["Access-Control-Allow-Methods"], "GET, HEAD, OPTIONS")
 
+    def test_its_coroutines_answer(self):
+        app = self.run_block("async def slow()")["app"]
+        with Server(app, port=0) as server:
+            self.assertEqual(fetch(server.url, "/slow")[2], b'{"slept": 0.1}')
+            self.assertEqual(fetch(server.url, "/count")[2].split(), b"0 1 2 3 4 5 6 7 8 9".split())
+            self.assertEqual(fetch(server.url, "/size", "POST", b"x" * 9)[2], b"9")
+        self.assertTrue(app.ticker.cancelled())
+
     def test_its_table_names_every_setting_with_its_default(self):
         rows = re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \| ([^|]*) \|$", self.text, re.MULTILINE)
         expected = []
