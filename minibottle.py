@@ -43,7 +43,7 @@ ONE REQUEST (-> calls)
         -> call -> App.__call__ -> wsgi -> _handle -> your function
                                         -> _respond (hooks, what awaits) -> _cast
                                         -> _start -> Exchange.start_response
-        -> send_list | respond -> pump       the answer; of what awaits: complete, on asyncio
+        -> send_list | respond -> pump       the answer; of what awaits: respond_async
         -> finish -> Loop.give               the connection waits for the next request
 
 GLOSSARY
@@ -2259,11 +2259,11 @@ class Body:
 class AsyncBody:
     """A Body out of an asynchronous iterator; who is not on asyncio may iterate too, and waits."""
 
-    def __init__(self, first: bytes, pieces: Any, encoding: str) -> None:
+    def __init__(self, first: bytes, pieces: Any, encoding: str, files: Iterable = ()) -> None:
         self.first: Any = first
         self.pieces = pieces
         self.encoding = encoding
-        self.files: list = []  # to be closed with it
+        self.files = files  # to be closed with it
         self.context = copy_context()
 
     def __aiter__(self) -> AsyncBody:
@@ -5493,10 +5493,8 @@ class Worker(Loop):
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
         x.result = result
-        if type(result) is Pending:
-            return bridge.spawn(result.context, self.complete(x, result))
-        if type(result) is AsyncBody:
-            return bridge.spawn(result.context, self.pump_async(x, result))
+        if type(result) in (Pending, AsyncBody):
+            return bridge.spawn(result.context, self.respond_async(x, result))
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
@@ -5616,47 +5614,46 @@ class Worker(Loop):
 
     # -- on asyncio --
 
-    async def complete(self, x: Exchange, pending: Pending) -> None:
-        """See a request to its end whose application awaits. Meanwhile no thread has it."""
+    async def respond_async(self, x: Exchange, result: Any) -> None:
+        """See a request to its end whose application awaits, or streams from asyncio. Meanwhile no
+        thread has it."""
         me, x.result = self.aside, None
-        if x.plan.cancel:
-            x.task = bridge.asyncio.current_task()
         try:
-            result = await pending
+            if type(result) is Pending:
+                if x.plan.cancel:
+                    x.task = bridge.asyncio.current_task()
+                result = await result
+                if x.body is not None and not x.body.is_done():
+                    x.ending = CLOSE
+                if type(result) is list:
+                    return self.send_list(x, result, monotonic(), me)
+            x.task = bridge.asyncio.current_task()
+            length = size_of_file(result) if x.length is None else x.length
+            if type(result) is not AsyncBody:  # a file: read on threads, as a disk may block
+                result = AsyncBody(b"", pull_aside(result), "", [result])
+            await self.pump_async(x, result, length)
         except bridge.asyncio.CancelledError:
-            return self.abort(x, me)
+            self.abort(x, me)
         except BaseException as error:
-            return self.on_error(x, error, me)
-        if x.body is not None and not x.body.is_done():
-            x.ending = CLOSE
-        if type(result) is AsyncBody:
-            await self.pump_async(x, result)
-        elif type(result) is list:
-            self.send_list(x, result, monotonic(), me)
-        else:
-            self.respond(x, result, me)
+            self.on_error(x, error, me)
 
-    async def pump_async(self, x: Exchange, body: AsyncBody) -> None:
+    async def pump_async(self, x: Exchange, body: AsyncBody, length: Optional[int]) -> None:
         """pump(), of an asynchronous iterator: as fast as the client takes it."""
-        me, x.result = self.aside, None
-        x.task = bridge.asyncio.current_task()
         step: Callable = bytes
         end: Callable = bytes
         try:
             if x.bodiless:
-                return self.send_whole(x, b"", me)
-            if self.negotiate(x, x.length):
+                return self.send_whole(x, b"", self.aside)
+            if self.negotiate(x, length):
                 step, end = gzip_coder(self.settings.gzip_level)
+            else:
+                x.length = length
             async for piece in body:
                 if piece and not await self.transmit_async(x, self.frame(x, step(piece))):
-                    return self.abort(x, me)
-        except bridge.asyncio.CancelledError:
-            return self.abort(x, me)
-        except BaseException as error:
-            return self.on_error(x, error, me)
+                    return self.abort(x, self.aside)
         finally:
             await body.aclose()
-        self.send_last(x, end(), me)
+        self.send_last(x, end(), self.aside)
 
     async def transmit_async(self, x: Exchange, data: bytes) -> bool:
         """transmit(), without a thread."""

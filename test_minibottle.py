@@ -7222,6 +7222,32 @@ class AsyncServedTest(WireTest):
         self.assertLess(len(made), 500)     # what the system buffers: a few MB at most
         self.assertEqual(len(wire.answer().body), 100000000)
 
+    def test_a_file_of_a_coroutine_is_read_on_threads_and_closed(self):
+        files, app = [], App()
+
+        @app.get("/<kind>")
+        async def send(kind):
+            await asyncio.sleep(0)
+            files.append(open(__file__, "rb") if kind == "file" else io.BytesIO(b"x" * 5000000))
+            return files[-1]
+
+        @app.get("/")
+        async def index():
+            await asyncio.sleep(0)
+            return "index"
+        server = self.serve(app)
+        with open(__file__, "rb") as file:
+            self.assertEqual(self.read(server, "/file").body, file.read())
+        self.assertIn("Content-Length", self.read(server, "/file").headers)
+        self.fetch(server, get("/file", method="HEAD"), "HEAD")
+        packed = self.fetch(server, get("/file", "Accept-Encoding: gzip"))
+        self.assertEqual(packed.status, 200)
+        slow = self.connect(server, receive_bytes=4096).send(get("/memory"))
+        slow.sock.recv(1, socket.MSG_PEEK)
+        self.assertEqual(self.read(server, "/").body, b"index")
+        self.assertEqual(len(slow.answer().body), 5000000)
+        self.wait_until(lambda: all(file.closed for file in files))
+
     def test_when_the_client_goes_streams_and_who_wants_it_are_cancelled(self):
         ended = queue.Queue()
         app = App()
