@@ -5511,11 +5511,35 @@ def application(environ, start_response):
     if kind == "write":
         start_response("200 OK", sized)(content(rid, size)[:size // 2])
         return [content(rid, size)[size // 2:]]
+    if kind in ("await", "flow"):
+        start = functools.partial(start_response, "200 OK", headers)
+        return minibottle.drive(answer_later(rid, size, number, start, kind == "flow"))
     if kind in BODIES:
         start_response("200 OK", sized if kind == "sized" else headers)
         return BODIES[kind](rid, size, number)
     start_response("200 OK", sized)
     return [content(rid, size)]
+
+
+async def answer_later(rid, size, number, start, flows):
+    """What awaits: an answer at once, or in pieces."""
+    await minibottle.SWITCH
+    await asyncio.sleep(0 if flows else number / 1000)
+    start()
+    return minibottle.AsyncBody(b"", flow(rid, size, number), "") if flows else [content(rid, size)]
+
+
+async def flow(rid, size, number):
+    data = content(rid, size)
+    with ledger.lock:
+        ledger.opened += 1
+    try:
+        for start in range(0, size, number):
+            await asyncio.sleep(random.choice((0, 0, 0, 0.001)))
+            yield data[start:start + number]
+    finally:
+        with ledger.lock:
+            ledger.closed += 1
 
 
 BODIES = {
@@ -5572,6 +5596,7 @@ def serve_application():
     sys.unraisablehook = lambda args: ledger.note("unraisable: %r" % (args.exc_value,))
     logging.getLogger("minibottle").addHandler(Unplanned())
     ledger.server = minibottle.Server(application, port=0, max_threads=int(sys.argv[2]))
+    minibottle.bridge.start()  # or its descriptors would come later
     ledger.server.worker.poller = CountingPoller(ledger.server.worker.poller)
     with ledger.server:
         print(ledger.server.port, flush=True)
@@ -5670,18 +5695,18 @@ class Guest:
         self.serial += 1
         rid, choice = "%s-%d" % (self.name, self.serial), self.random.choice
         kind = choice(("fast",) * 8 + ("stream", "mixed", "echo") * 2 + (
-            "sleep", "cpu", "sized", "slow", "write", "raise", "big"))
+            "sleep", "cpu", "sized", "slow", "write", "raise", "big", "await", "flow"))
         number, size = 0, choice((0, 1, 13, 100, 1000, 5000))
         if kind == "echo":
             return self.upload(rid)
         if kind == "big":
             kind, size = "fast", choice((200000, 3000000))
-        elif kind in ("stream", "sized"):
+        elif kind in ("stream", "sized", "flow"):
             size = choice((10, 1000, 100000, 700000))
             number = choice((17, 1000, 70000)) if size < 20000 else choice((3000, 100000))
         elif kind == "slow":
             number = max(1, size // 5)
-        elif kind in ("sleep", "mixed", "cpu"):
+        elif kind in ("sleep", "mixed", "cpu", "await"):
             number = self.random.randrange(1, 8 if kind == "cpu" else 40)
         data = "GET /%s/%s/%d/%d HTTP/1.1\r\nHost: x\r\n\r\n" % (kind, rid, number, size)
         return data.encode(), rid, None if kind == "raise" else content(rid, size)
@@ -5985,8 +6010,8 @@ class WorkerUnderLoadTest(unittest.TestCase):
         self.assertEqual((stats["doubled"], stats["broken"], stats["waiting"]), (0, [], 0))
         self.assertEqual(stats["opened"], stats["closed"], "iterators opened and closed")
         self.assertEqual(self.server.descriptors(), self.server.descriptors_at_start)
-        self.server.count_threads()                     # one has the loop, one watches, one is main
-        self.assertLessEqual(self.server.most_threads, max(2, self.server.max_threads) + 3)
+        self.server.count_threads()     # one has the loop, one watches, one is main, one asyncio's
+        self.assertLessEqual(self.server.most_threads, max(2, self.server.max_threads) + 4)
         count, calls = stats["count"], stats["calls"]
         self.assertLess(count["polls"], 5 * calls + 1000, count)
         self.assertLess(count["disarms"], calls + 100, count)
