@@ -7273,7 +7273,7 @@ class AsyncServedTest(WireTest):
         self.assertEqual(len(slow.answer().body), 5000000)
         self.wait_until(lambda: all(file.closed for file in files))
 
-    def test_when_the_client_goes_streams_and_who_wants_it_are_cancelled(self):
+    def test_when_the_client_goes_events_and_who_wants_it_are_cancelled(self):
         ended = queue.Queue()
         app = App()
 
@@ -7284,9 +7284,16 @@ class AsyncServedTest(WireTest):
                 ended.put(name)
 
         @app.get("/stream")
-        async def stream():
+        def stream():
+            async def events():
+                yield "x"
+                await forever("stream")
+            return minibottle.event_stream(events())
+
+        @app.get("/pieces", cancel=True)
+        async def pieces():
             yield "x"
-            await forever("stream")
+            await forever("pieces")
 
         @app.get("/cancel", cancel=True)
         async def cancel():
@@ -7297,9 +7304,9 @@ class AsyncServedTest(WireTest):
             await asyncio.sleep(0.1)
             ended.put("finish")
         server, log = self.serve(app), self.listen_to_log()
-        for path in ("/stream", "/cancel", "/finish"):
+        for path in ("/stream", "/pieces", "/cancel", "/finish"):
             wire = self.connect(server).send(get(path))
-            if path == "/stream":
+            if path in ("/stream", "/pieces"):
                 wire.head()
             else:
                 self.wait_until(lambda: bridge_tasks())
