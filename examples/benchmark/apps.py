@@ -2,6 +2,7 @@
 
 Most servers have a command line of their own (see bench.py); the others: apps.py NAME PORT
 """
+import asyncio
 import sys
 import time
 
@@ -24,6 +25,15 @@ def cpu():
     return "Hello World!"
 
 
+async def hello_async():
+    return "Hello World!"
+
+
+async def sleep_async():
+    await asyncio.sleep(0.1)
+    return "Hello World!"
+
+
 HANDLERS = {"/": hello, "/sleep": sleep, "/cpu": cpu}
 
 
@@ -37,6 +47,14 @@ def make_app(application):
 def minibottle_app():
     from minibottle import App
     return make_app(App)
+
+
+def minibottle_async_app():
+    from minibottle import App
+    app = App()
+    app.route("/", callback=hello_async)
+    app.route("/await", callback=sleep_async)
+    return app
 
 
 def bottle_app():
@@ -60,20 +78,26 @@ def starlette_app():
     async def respond(request):
         return HTMLResponse(hello())
 
-    return Starlette(routes=[Route("/", respond)])
+    async def wait(request):
+        return HTMLResponse(await sleep_async())
+
+    return Starlette(routes=[Route("/", respond), Route("/await", wait)])
 
 
 def run_tornado(port):
-    import asyncio
-
     from tornado.web import Application, RequestHandler
 
     class Hello(RequestHandler):
         def get(self):
             self.write(hello())
 
+    class Wait(RequestHandler):
+        async def get(self):
+            self.write(await sleep_async())
+
     async def serve():
-        Application([("/", Hello)], log_function=lambda handler: None).listen(port, "127.0.0.1")
+        app = Application([("/", Hello), ("/await", Wait)], log_function=lambda handler: None)
+        app.listen(port, "127.0.0.1")
         await asyncio.Event().wait()
 
     asyncio.run(serve())

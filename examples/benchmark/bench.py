@@ -10,6 +10,7 @@ Peers that are not installed are skipped. Without a SCENARIO all of them run, in
     headers    the same with a browser's nine headers, one of them unique per request
     sleep      fast requests while 16 connections hammer a handler that sleeps 100 ms
     cpu        fast requests while 2 connections burn 20 ms of processor time per request
+    await      requests/s of 1,000 connections to a coroutine that sleeps 100 ms: 10,000 at most
     idle       memory for each of 5,000 idle keep-alive connections; wake-ups of the idle worker
     inprocess  one call of the application, without a server
     forms      the same for what people send and are sent; then an upload of 100 MB
@@ -53,6 +54,7 @@ MINIBOTTLE = "{root}/minibottle.py --bind {bind} --workers 1 --no-access-log "
 SERVERS = {  # name: (modules that it needs, what follows `python`)
     "minibottle": ("minibottle", MINIBOTTLE + "apps:minibottle_app"),
     "minibottle-wsgi": ("minibottle", MINIBOTTLE + "apps:raw_app"),
+    "minibottle-async": ("minibottle", MINIBOTTLE + "apps:minibottle_async_app"),
     "gunicorn": ("bottle gunicorn", (
         "-m gunicorn --bind {bind} --workers 1 --worker-class gthread --threads 32"
         " --worker-connections 10000 --keep-alive 75 apps:bottle_app()")),
@@ -69,6 +71,7 @@ SERVERS = {  # name: (modules that it needs, what follows `python`)
         " --factory apps:starlette_app")),
     "bare": ("", "bare.py {port}"),
 }
+ASYNC = ["minibottle-async", "tornado", "uvicorn"]
 THREADED = ["minibottle", "minibottle-wsgi", "gunicorn", "waitress", "granian"]
 
 
@@ -192,6 +195,13 @@ def run_beside(options, path, connections):
 
     return ([*RATE, ("slow", "slow requests/s", ".1f")],
             measure_servers(options, measure, THREADED, 32, options.rounds))
+
+
+def run_await(options):
+    def measure(pid, port):
+        return read_wrk(start_wrk(port, options.seconds + 2, "/await", 1000))
+
+    return RATE, measure_servers(options, measure, ASYNC, rounds=options.rounds)
 
 
 # -- idle connections --
@@ -411,6 +421,7 @@ SCENARIOS = {  # name: function(options) -> (columns, {server: {key: figure}})
     "headers": lambda options: run_hello(options, "-s", "headers.lua"),
     "sleep": lambda options: run_beside(options, "/sleep", 16),
     "cpu": lambda options: run_beside(options, "/cpu", 2),
+    "await": run_await,
     "idle": run_idle,
     "inprocess": run_inprocess,
     "forms": run_forms,
@@ -422,7 +433,7 @@ SCENARIOS = {  # name: function(options) -> (columns, {server: {key: figure}})
 def print_table(columns, results):
     """Print {name: {key: figure}} by columns of (key, heading, format); the first has the ratio."""
     key = columns[0][0]
-    ours = results.get("minibottle", {}).get(key)
+    ours = (results.get("minibottle") or results.get("minibottle-async") or {}).get(key)
     rows = [["", *(heading for _, heading, _ in columns), "ratio"]]
     for name, result in results.items():
         mine = ours or result.get("minibottle")
