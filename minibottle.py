@@ -110,7 +110,7 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "static_file event_stream app apps default_app AppStack route get post put delete patch error "
+    "static_file app apps default_app AppStack route get post put delete patch error "
     "hook install uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
     "install_as_bottle TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager "
     "JSONPlugin template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH "
@@ -4113,53 +4113,6 @@ def closing_too(out: Any, files: list) -> Any:
     body = Body(out)
     body.close = partial(close_all, out, *files)
     return body
-
-
-def event_stream(events: Any, keepalive: float = 15.0) -> Any:
-    """Server-sent events: return event_stream(events) with an iterator, async or not, of str, of
-    {"data": …, "event": "name", "id": "7", "retry": milliseconds}, or of what has a JSON form.
-
-    A comment goes out every `keepalive` seconds without an event. A browser that comes back sends
-    the id that it has seen last as the header Last-Event-ID.
-    """
-    for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
-                        ("X-Accel-Buffering", "no")):  # the last is for nginx
-        response.headers[name] = value
-    return iter_events(events if hasattr(events, "__aiter__") else pull_aside(iter(events)),
-                       keepalive)
-
-
-async def iter_events(events: Any, keepalive: float) -> Any:
-    import asyncio
-    yield ":\n\n"  # so that the head goes out before the first event
-    step: Any = None
-    try:
-        while True:
-            step = asyncio.ensure_future(next_async(events))
-            while not (await asyncio.wait([step], timeout=keepalive))[0]:
-                yield ":\n\n"
-            if step.result() is END:
-                return
-            yield format_event(step.result())
-    finally:
-        if step is not None and not step.done():
-            step.cancel()
-            await asyncio.wait([step])
-        await close_async(events)
-
-
-def format_event(event: Any) -> str:
-    """{"data": "a\\nb", "id": 7} -> "id: 7\\ndata: a\\ndata: b\\n\\n"."""
-    fields = event if isinstance(event, dict) and "data" in event else {"data": event}
-    lines = []
-    for name in ("event", "id", "retry", "data"):
-        if name in fields:
-            value = fields[name]
-            text = str(value) if isinstance(value, (str, int)) else json_dumps(value)
-            if name != "data" and re.search("[\r\n\0]", text):
-                raise ValueError(f"the {name} of an event is one line, not {text!r:.60}")
-            lines += [f"{name}: {line}\n" for line in re.split("\r\n|\r|\n", text)]
-    return "".join(lines) + "\n"
 
 
 def printable(text: object) -> str:
