@@ -3738,13 +3738,11 @@ class App:
 
     def on_start(self, func: Callable) -> Callable:
         """Have a function, sync or async, called in each worker before it serves."""
-        self.add_hook("start", func)
-        return func
+        return self.hook("start")(func)
 
     def on_stop(self, func: Callable) -> Callable:
         """Have it called in each worker when all requests have ended."""
-        self.add_hook("stop", func)
-        return func
+        return self.hook("stop")(func)
 
     def remove_hook(self, name: str, func: Callable) -> Optional[bool]:
         """True if it was there."""
@@ -3755,7 +3753,7 @@ class App:
 
     def trigger_hook(self, name: str, /, *args: object, **kwargs: object) -> list:
         """Call the hooks of a name: what they return."""
-        return list(run_hooks(list(self._hooks[name]), *args, **kwargs))
+        return [hook(*args, **kwargs) for hook in list(self._hooks[name])]
 
     def hook(self, name: str) -> Callable:
         """add_hook as a decorator."""
@@ -4075,15 +4073,10 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def run_hooks(hooks: List[Callable], *args: object, **kwargs: object) -> Iterator:
-    """Call each: what they return."""
-    for hook in hooks:
-        yield hook(*args, **kwargs)
-
-
 def run_lifecycle(app: Callable, name: str) -> None:
     """Call the hooks of a worker's "start" or "stop"."""
-    for out in run_hooks(getattr(app, "_hooks", {}).get(name, ())):
+    for hook in getattr(app, "_hooks", {}).get(name, ()):
+        out = hook()
         if hasattr(out, "__await__"):
             bridge.wait(copy_context(), settle(out))
 
@@ -5930,14 +5923,9 @@ def receive_sockets(link: socket.socket) -> List[socket.socket]:
     fds = array("i")
     for _, _, payload in rights:
         fds.frombytes(payload)
-    return list(map(adopt_socket, fds))
-
-
-def adopt_socket(fd: int) -> socket.socket:
-    """A listener that others accept from already: PyPy would make it block, for all of them."""
-    socket.setdefaulttimeout(0.0)
+    socket.setdefaulttimeout(0.0)  # or PyPy makes them block, for all who accept from them
     try:
-        return socket.socket(fileno=fd)
+        return [socket.socket(fileno=fd) for fd in fds]
     finally:
         socket.setdefaulttimeout(None)
 
