@@ -3771,8 +3771,7 @@ class App:
 
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
-        found = self._find(environ)
-        return found[3], found[4]
+        return self._find(environ)[3:]
 
     def run(self, **options: Any) -> None:
         """Serve this application; see minibottle.run."""
