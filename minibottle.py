@@ -111,7 +111,7 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "static_file event_stream app apps default_app AppStack route get post put delete patch error "
+    "static_file app apps default_app AppStack route get post put delete patch error "
     "hook install uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
     "install_as_bottle TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager "
     "JSONPlugin template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH "
@@ -3739,13 +3739,11 @@ class App:
 
     def on_start(self, func: Callable) -> Callable:
         """Have a function, sync or async, called in each worker before it serves."""
-        self.add_hook("start", func)
-        return func
+        return self.hook("start")(func)
 
     def on_stop(self, func: Callable) -> Callable:
         """Have it called in each worker when all requests have ended."""
-        self.add_hook("stop", func)
-        return func
+        return self.hook("stop")(func)
 
     def remove_hook(self, name: str, func: Callable) -> Optional[bool]:
         """True if it was there."""
@@ -3756,7 +3754,7 @@ class App:
 
     def trigger_hook(self, name: str, /, *args: object, **kwargs: object) -> list:
         """Call the hooks of a name: what they return."""
-        return list(run_hooks(list(self._hooks[name]), *args, **kwargs))
+        return [hook(*args, **kwargs) for hook in list(self._hooks[name])]
 
     def hook(self, name: str) -> Callable:
         """add_hook as a decorator."""
@@ -3774,8 +3772,7 @@ class App:
 
     def match(self, environ: Dict[str, Any]) -> Tuple[Route, dict]:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
-        found = self._find(environ)
-        return found[3], found[4]
+        return self._find(environ)[3:]
 
     def run(self, **options: Any) -> None:
         """Serve this application; see minibottle.run."""
@@ -4076,15 +4073,10 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def run_hooks(hooks: List[Callable], *args: object, **kwargs: object) -> Iterator:
-    """Call each: what they return."""
-    for hook in hooks:
-        yield hook(*args, **kwargs)
-
-
 def run_lifecycle(app: Callable, name: str) -> None:
     """Call the hooks of a worker's "start" or "stop"."""
-    for out in run_hooks(getattr(app, "_hooks", {}).get(name, ())):
+    for hook in getattr(app, "_hooks", {}).get(name, ()):
+        out = hook()
         if hasattr(out, "__await__"):
             bridge.wait(copy_context(), settle(out))
 
@@ -4114,53 +4106,6 @@ def closing_too(out: Any, files: list) -> Any:
     body = Body(out)
     body.close = partial(close_all, out, *files)
     return body
-
-
-def event_stream(events: Any, keepalive: float = 15.0) -> Any:
-    """Server-sent events: return event_stream(events) with an iterator, async or not, of str, of
-    {"data": …, "event": "name", "id": "7", "retry": milliseconds}, or of what has a JSON form.
-
-    A comment goes out every `keepalive` seconds without an event. A browser that comes back sends
-    the id that it has seen last as the header Last-Event-ID.
-    """
-    for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
-                        ("X-Accel-Buffering", "no")):  # the last is for nginx
-        response.headers[name] = value
-    return iter_events(events if hasattr(events, "__aiter__") else pull_aside(iter(events)),
-                       keepalive)
-
-
-async def iter_events(events: Any, keepalive: float) -> Any:
-    import asyncio
-    yield ":\n\n"  # so that the head goes out before the first event
-    step: Any = None
-    try:
-        while True:
-            step = asyncio.ensure_future(next_async(events))
-            while not (await asyncio.wait([step], timeout=keepalive))[0]:
-                yield ":\n\n"
-            if step.result() is END:
-                return
-            yield format_event(step.result())
-    finally:
-        if step is not None and not step.done():
-            step.cancel()
-            await asyncio.wait([step])
-        await close_async(events)
-
-
-def format_event(event: Any) -> str:
-    """{"data": "a\\nb", "id": 7} -> "id: 7\\ndata: a\\ndata: b\\n\\n"."""
-    fields = event if isinstance(event, dict) and "data" in event else {"data": event}
-    lines = []
-    for name in ("event", "id", "retry", "data"):
-        if name in fields:
-            value = fields[name]
-            text = str(value) if isinstance(value, (str, int)) else json_dumps(value)
-            if name != "data" and re.search("[\r\n\0]", text):
-                raise ValueError(f"the {name} of an event is one line, not {text!r:.60}")
-            lines += [f"{name}: {line}\n" for line in re.split("\r\n|\r|\n", text)]
-    return "".join(lines) + "\n"
 
 
 def printable(text: object) -> str:
@@ -5976,14 +5921,9 @@ def receive_sockets(link: socket.socket) -> List[socket.socket]:
     fds = array("i")
     for _, _, payload in rights:
         fds.frombytes(payload)
-    return list(map(adopt_socket, fds))
-
-
-def adopt_socket(fd: int) -> socket.socket:
-    """A listener that others accept from already: PyPy would make it block, for all of them."""
-    socket.setdefaulttimeout(0.0)
+    socket.setdefaulttimeout(0.0)  # or PyPy makes them block, for all who accept from them
     try:
-        return socket.socket(fileno=fd)
+        return [socket.socket(fileno=fd) for fd in fds]
     finally:
         socket.setdefaulttimeout(None)
 
