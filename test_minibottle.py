@@ -7249,7 +7249,7 @@ class AsyncServedTest(WireTest):
             async def events():
                 yield "x"
                 await forever("stream")
-            return minibottle.event_stream(events())
+            return event_stream(events())
 
         @app.get("/pieces", cancel=True)
         async def pieces():
