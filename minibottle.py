@@ -1535,7 +1535,7 @@ class Request:
     def path_shift(self, shift: int = 1) -> None:
         """Move segments from `path` to `script_name`; back, if negative."""
         self["SCRIPT_NAME"], self["PATH_INFO"] = path_shift(
-            self.environ.get("SCRIPT_NAME", "/"), self.path, shift)
+            self.environ.get("SCRIPT_NAME", "/"), self.environ.get("PATH_INFO") or "/", shift)
 
     # -- the request line --
 
@@ -2923,7 +2923,7 @@ def load(target: str, **names: object) -> Any:
 
 class ConfigDict(dict):
     """Settings by dotted names: config["db.host"]. An overlay (as each route has one of its
-    application's) shows what its source has, where it has nothing; it lists its own alone."""
+    application's) shows what its source has, where it has nothing itself."""
 
     def __init__(self, source: Optional[ConfigDict] = None) -> None:
         self._source = source
@@ -2942,8 +2942,16 @@ class ConfigDict(dict):
             raise KeyError(key)
         return self._source[key]
 
-    # unlike dict's own these ask __missing__()
+    def __iter__(self) -> Iterator[str]:
+        own = dict.keys(self)
+        return chain(own, (key for key in self._source or () if key not in own))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    # unlike dict's own these ask __missing__() and __iter__()
     get, __contains__ = Mapping.get, Mapping.__contains__  # type: ignore[assignment]
+    keys, values, items = Mapping.keys, Mapping.values, Mapping.items  # type: ignore[assignment]
 
     def setdefault(self, key: str, value: object = None) -> Any:
         if key not in self:
@@ -3437,7 +3445,7 @@ class App:
         plugins and error handlers. "/x" takes "/x" and "/x/…", "/x/" the latter only."""
         segments = [segment for segment in prefix.split("/") if segment]
         if not prefix.startswith("/") or not segments:
-            raise ValueError(f"cannot mount at {prefix!r}: a prefix is such as '/blog/'")
+            raise ValueError(f"bad prefix {prefix!r}; one is '/blog/', and merge() needs none")
         base = "/" + "/".join(segments)
         if isinstance(app, App):
             app.config.update("_mount", prefix=prefix, app=self)
@@ -6237,6 +6245,8 @@ def load_target(target: str) -> Optional[Callable]:
         here = sorted(name[:-3] for name in os.listdir() if name.endswith(".py"))[:20]
         raise UsageError(f"no module {module_name!r}; here is "
                          f"{', '.join(here) or 'no Python file'}") from None
+    if not match[2] and not hasattr(found, name) and default_app:
+        return default_app()  # which the module has filled by route(), get(), ...
     where = module_name
     for part in name.split("."):
         if not hasattr(found, part):

@@ -2473,6 +2473,9 @@ class BottleRequestTest(UnitTest):
         self.assertEqual((got.script_name, got.path), ("/a/b/", "/c/"))
         got.path_shift(-2)
         self.assertEqual((got.script_name, got.path), ("/", "/a/b/c/"))
+        got = Request({"PATH_INFO": minibottle.text_to_wsgi("/ä/ö")})
+        got.path_shift()
+        self.assertEqual((got.script_name, got.path, got.fullpath), ("/ä/", "/ö", "/ä/ö"))
 
     def test_who_asks_is_read_from_the_header_or_told_by_the_server(self):
         for header, expected in (
@@ -4388,6 +4391,21 @@ class ConfigTest(UnitTest):
         with self.assertRaises(KeyError):
             overlay["a"]
 
+    def test_an_overlay_lists_what_it_shows(self):
+        source = minibottle.ConfigDict()
+        source.update("db", host="a", port=1)
+        overlay = source._make_overlay()
+        overlay.update("db", port=2, name="b")
+        shown = {"db.host": "a", "db.port": 2, "db.name": "b"}
+        self.assertEqual((dict(overlay), {**overlay}, json.loads(json.dumps(overlay))),
+                         (shown, shown, shown))
+        self.assertEqual((sorted(overlay), len(overlay)), (sorted(shown), 3))
+        app = App()
+        app.config["db.host"] = "a"
+        app.get("/", callback=print, db={"port": 1})
+        self.assertEqual({key for key in app.routes[0].config if key.startswith("db.")},
+                         {"db.host", "db.port"})
+
     def test_ini_files_and_modules(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "a.ini")
@@ -4736,7 +4754,7 @@ class MountTest(UnitTest):
         self.assertIs(child.config["_mount.app"], app)
         self.assertEqual(app.routes[1].config["mountpoint.target"], child)
         for prefix in ("x", "/", ""):
-            with self.assertRaises(ValueError):
+            with self.assertRaisesRegex(ValueError, r"'/blog/'.*merge\(\)"):
                 app.mount(prefix, child)
 
     def test_the_longest_prefix_wins_whichever_came_first(self):
@@ -7938,6 +7956,15 @@ class RunTest(UnitTest):
             self.assertIs(minibottle.load("a_shop:made.util"), wsgiref.util)
         self.assertEqual((list(minibottle.default_app), minibottle.NORUN), (before, False))
         self.assertIs(minibottle.load_app("json:dumps"), json.dumps)
+
+    def test_a_target_without_a_name_is_app_or_else_what_the_shortcuts_fill(self):
+        module = types.ModuleType("a_shop")
+        with mock.patch.dict(sys.modules, a_shop=module), App() as filled:
+            self.assertIs(minibottle.load_target("a_shop"), filled)
+            with self.assertRaisesRegex(UsageError, "no 'app' in a_shop"):
+                minibottle.load_target("a_shop:app")
+            module.app = App()
+            self.assertIs(minibottle.load_target("a_shop"), module.app)
 
 
 class ExtTest(UnitTest):
