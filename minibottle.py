@@ -3637,7 +3637,8 @@ class App:
             raise error
         method, path = request.get("REQUEST_METHOD", "?"), request.get("PATH_INFO", "?")
         log.error("%s %s: unhandled exception", printable(method), printable(path), exc_info=error)
-        return HTTPError(500, "Internal Server Error", error)
+        from traceback import format_exc
+        return HTTPError(500, "Internal Server Error", error, format_exc())
 
     def default_error_handler(self, res: HTTPError) -> object:
         """The page of an error that has no handler of its own; override it for another look."""
@@ -3645,11 +3646,7 @@ class App:
             return res.body
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
-        error, cause = res.exception, ""
-        if DEBUG and error is not None:
-            from traceback import format_exception
-            cause = "".join(format_exception(type(error), error, error.__traceback__))
-            cause = f"<pre>{html_escape(cause)}</pre>\n"
+        cause = f"<pre>{html_escape(res.traceback)}</pre>\n" if DEBUG and res.traceback else ""
         return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")),
                                  cause=cause).encode("utf-8")
 

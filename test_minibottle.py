@@ -4729,6 +4729,19 @@ class ErrorClassTest(UnitTest):
             with mock.patch.object(minibottle, "DEBUG", True):
                 self.assertIn("KeyError: &#039;&lt;secret&gt;&#039;", ask(app).text)
 
+    def test_an_error_handler_can_say_where_the_exception_comes_from(self):
+        def stream():
+            yield {}["late"]
+
+        app = app_of(lambda: {}["early"])
+        app.get("/late", callback=stream)
+        app.error(500)(lambda error: error.traceback)
+        app.error(404)(lambda error: repr(error.traceback))
+        with self.assertLogs("minibottle", "ERROR"):
+            for path, cause in (("/", "KeyError: 'early'"), ("/late", "KeyError: 'late'")):
+                self.assertRegex(ask(app, path).text, r"(?s)\ATraceback .*%s\n\Z" % cause)
+        self.assertEqual(ask(app, "/none").text, "None")
+
 
 class MountTest(UnitTest):
 
