@@ -1691,7 +1691,7 @@ class Request:
     def path_shift(self, shift: int = 1) -> None:
         """Move segments from `path` to `script_name`; back, if negative."""
         self["SCRIPT_NAME"], self["PATH_INFO"] = path_shift(
-            self.environ.get("SCRIPT_NAME", "/"), self.path, shift)
+            self.environ.get("SCRIPT_NAME", "/"), self.environ.get("PATH_INFO") or "/", shift)
 
     # -- the request line --
 
@@ -3152,7 +3152,7 @@ def load(target: str, **names: object) -> Any:
 
 class ConfigDict(dict):
     """Settings by dotted names: config["db.host"]. An overlay (as each route has one of its
-    application's) shows what its source has, where it has nothing; it lists its own alone."""
+    application's) shows what its source has, where it has nothing itself."""
 
     def __init__(self, source: Optional[ConfigDict] = None) -> None:
         self._source = source
@@ -3171,8 +3171,16 @@ class ConfigDict(dict):
             raise KeyError(key)
         return self._source[key]
 
-    # unlike dict's own these ask __missing__()
+    def __iter__(self) -> Iterator[str]:
+        own = dict.keys(self)
+        return chain(own, (key for key in self._source or () if key not in own))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    # unlike dict's own these ask __missing__() and __iter__()
     get, __contains__ = Mapping.get, Mapping.__contains__  # type: ignore[assignment]
+    keys, values, items = Mapping.keys, Mapping.values, Mapping.items  # type: ignore[assignment]
 
     def setdefault(self, key: str, value: object = None) -> Any:
         if key not in self:
@@ -3676,7 +3684,7 @@ class App:
         plugins and error handlers. "/x" takes "/x" and "/x/…", "/x/" the latter only."""
         segments = [segment for segment in prefix.split("/") if segment]
         if not prefix.startswith("/") or not segments:
-            raise ValueError(f"cannot mount at {prefix!r}: a prefix is such as '/blog/'")
+            raise ValueError(f"bad prefix {prefix!r}; one is '/blog/', and merge() needs none")
         base = "/" + "/".join(segments)
         if isinstance(app, App):
             app.config.update("_mount", prefix=prefix, app=self)
@@ -3914,7 +3922,8 @@ class App:
             raise error
         method, path = request.get("REQUEST_METHOD", "?"), request.get("PATH_INFO", "?")
         log.error("%s %s: unhandled exception", printable(method), printable(path), exc_info=error)
-        return HTTPError(500, "Internal Server Error", error)
+        from traceback import format_exc
+        return HTTPError(500, "Internal Server Error", error, format_exc())
 
     def default_error_handler(self, res: HTTPError) -> object:
         """The page of an error that has no handler of its own; override it for another look."""
@@ -3922,11 +3931,7 @@ class App:
             return res.body
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
-        error, cause = res.exception, ""
-        if DEBUG and error is not None:
-            from traceback import format_exception
-            cause = "".join(format_exception(type(error), error, error.__traceback__))
-            cause = f"<pre>{html_escape(cause)}</pre>\n"
+        cause = f"<pre>{html_escape(res.traceback)}</pre>\n" if DEBUG and res.traceback else ""
         return ERROR_PAGE.format(title=title, text=html_escape(str(body or "")),
                                  cause=cause).encode("utf-8")
 
@@ -6605,6 +6610,8 @@ def load_target(target: str) -> Optional[Callable]:
         here = sorted(name[:-3] for name in os.listdir() if name.endswith(".py"))[:20]
         raise UsageError(f"no module {module_name!r}; here is "
                          f"{', '.join(here) or 'no Python file'}") from None
+    if not match[2] and not hasattr(found, name) and default_app:
+        return default_app()  # which the module has filled by route(), get(), ...
     where = module_name
     for part in name.split("."):
         if not hasattr(found, part):

@@ -2527,6 +2527,9 @@ class BottleRequestTest(UnitTest):
         self.assertEqual((got.script_name, got.path), ("/a/b/", "/c/"))
         got.path_shift(-2)
         self.assertEqual((got.script_name, got.path), ("/", "/a/b/c/"))
+        got = Request({"PATH_INFO": minibottle.text_to_wsgi("/ä/ö")})
+        got.path_shift()
+        self.assertEqual((got.script_name, got.path, got.fullpath), ("/ä/", "/ö", "/ä/ö"))
 
     def test_who_asks_is_read_from_the_header_or_told_by_the_server(self):
         for header, expected in (
@@ -4473,6 +4476,21 @@ class ConfigTest(UnitTest):
         with self.assertRaises(KeyError):
             overlay["a"]
 
+    def test_an_overlay_lists_what_it_shows(self):
+        source = minibottle.ConfigDict()
+        source.update("db", host="a", port=1)
+        overlay = source._make_overlay()
+        overlay.update("db", port=2, name="b")
+        shown = {"db.host": "a", "db.port": 2, "db.name": "b"}
+        self.assertEqual((dict(overlay), {**overlay}, json.loads(json.dumps(overlay))),
+                         (shown, shown, shown))
+        self.assertEqual((sorted(overlay), len(overlay)), (sorted(shown), 3))
+        app = App()
+        app.config["db.host"] = "a"
+        app.get("/", callback=print, db={"port": 1})
+        self.assertEqual({key for key in app.routes[0].config if key.startswith("db.")},
+                         {"db.host", "db.port"})
+
     def test_ini_files_and_modules(self):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "a.ini")
@@ -4796,6 +4814,19 @@ class ErrorClassTest(UnitTest):
             with mock.patch.object(minibottle, "DEBUG", True):
                 self.assertIn("KeyError: &#039;&lt;secret&gt;&#039;", ask(app).text)
 
+    def test_an_error_handler_can_say_where_the_exception_comes_from(self):
+        def stream():
+            yield {}["late"]
+
+        app = app_of(lambda: {}["early"])
+        app.get("/late", callback=stream)
+        app.error(500)(lambda error: error.traceback)
+        app.error(404)(lambda error: repr(error.traceback))
+        with self.assertLogs("minibottle", "ERROR"):
+            for path, cause in (("/", "KeyError: 'early'"), ("/late", "KeyError: 'late'")):
+                self.assertRegex(ask(app, path).text, r"(?s)\ATraceback .*%s\n\Z" % cause)
+        self.assertEqual(ask(app, "/none").text, "None")
+
 
 class MountTest(UnitTest):
 
@@ -4821,7 +4852,7 @@ class MountTest(UnitTest):
         self.assertIs(child.config["_mount.app"], app)
         self.assertEqual(app.routes[1].config["mountpoint.target"], child)
         for prefix in ("x", "/", ""):
-            with self.assertRaises(ValueError):
+            with self.assertRaisesRegex(ValueError, r"'/blog/'.*merge\(\)"):
                 app.mount(prefix, child)
 
     def test_the_longest_prefix_wins_whichever_came_first(self):
@@ -8396,6 +8427,15 @@ class RunTest(UnitTest):
             self.assertIs(minibottle.load("a_shop:made.util"), wsgiref.util)
         self.assertEqual((list(minibottle.default_app), minibottle.NORUN), (before, False))
         self.assertIs(minibottle.load_app("json:dumps"), json.dumps)
+
+    def test_a_target_without_a_name_is_app_or_else_what_the_shortcuts_fill(self):
+        module = types.ModuleType("a_shop")
+        with mock.patch.dict(sys.modules, a_shop=module), App() as filled:
+            self.assertIs(minibottle.load_target("a_shop"), filled)
+            with self.assertRaisesRegex(UsageError, "no 'app' in a_shop"):
+                minibottle.load_target("a_shop:app")
+            module.app = App()
+            self.assertIs(minibottle.load_target("a_shop"), module.app)
 
 
 class ExtTest(UnitTest):
