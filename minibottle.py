@@ -143,6 +143,7 @@ class BottleException(Exception):
 class BadRequest(Exception):
     """The peer broke the protocol: answer `status` and this message, then close."""
     status = 400
+    minibottle_peer = True  # by which an App knows it, of whichever copy of this file it is
 
 
 class RequestTimeout(BadRequest):
@@ -179,6 +180,7 @@ class VersionNotSupported(BadRequest):
 
 class ClientGone(ConnectionError):
     """The client has left in the middle of its request, or of the answer."""
+    minibottle_peer = True
 
 
 class CookieError(ValueError):
@@ -3623,7 +3625,7 @@ class App:
         """The answer to an exception, which is logged if it is no fault of the client's."""
         if isinstance(error, HTTPResponse):
             return error
-        if isinstance(error, (BadRequest, ClientGone)):
+        if getattr(error, "minibottle_peer", False):
             return HTTPError(getattr(error, "status", 400), str(error), error)
         if not self.catchall:
             raise error
