@@ -572,12 +572,15 @@ class HeaderDict(MultiDict):
 
 
 def header_property(name: str, read: Callable = str, default: Any = "",
-                    write: Callable = check_field_value) -> property:
+                    write: Optional[Callable] = None) -> property:
     """An attribute that stands for a header in `self.headers`."""
     def get(self: Any) -> Any:
         value = self.headers.get(name)
         return default if value is None else read(value)
-    return property(get, lambda self, value: self.headers.dict.__setitem__(name, [write(value)]))
+
+    def put(self: Any, value: object) -> None:
+        self.headers[name] = write(value) if write else value
+    return property(get, put)
 
 
 class WSGIHeaderDict(Mapping):

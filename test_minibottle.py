@@ -1177,6 +1177,7 @@ SINKS = {  # everything through which text gets into a head; r is a Response
     "bytes": lambda r, bad: r.set_header("X-A", bad.encode()),
     "content_type": lambda r, bad: setattr(r, "content_type", bad),
     "content_length": lambda r, bad: setattr(r, "content_length", bad),
+    "expires": lambda r, bad: setattr(r, "expires", bad),
     "status": lambda r, bad: setattr(r, "status", "404 " + bad),
     "Response status": lambda r, bad: Response("", "404 " + bad),
     "Response headers": lambda r, bad: Response("", 200, {"X-A": bad}),
