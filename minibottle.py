@@ -146,6 +146,7 @@ class BottleException(Exception):
 class BadRequest(Exception):
     """The peer broke the protocol: answer `status` and this message, then close."""
     status = 400
+    minibottle_peer = True  # by which an App knows it, of whichever copy of this file it is
 
 
 class RequestTimeout(BadRequest):
@@ -182,6 +183,7 @@ class VersionNotSupported(BadRequest):
 
 class ClientGone(ConnectionError):
     """The client has left in the middle of its request, or of the answer."""
+    minibottle_peer = True
 
 
 class CookieError(ValueError):
@@ -573,12 +575,15 @@ class HeaderDict(MultiDict):
 
 
 def header_property(name: str, read: Callable = str, default: Any = "",
-                    write: Callable = check_field_value) -> property:
+                    write: Optional[Callable] = None) -> property:
     """An attribute that stands for a header in `self.headers`."""
     def get(self: Any) -> Any:
         value = self.headers.get(name)
         return default if value is None else read(value)
-    return property(get, lambda self, value: self.headers.dict.__setitem__(name, [write(value)]))
+
+    def put(self: Any, value: object) -> None:
+        self.headers[name] = write(value) if write else value
+    return property(get, put)
 
 
 class WSGIHeaderDict(Mapping):
@@ -3916,7 +3921,7 @@ class App:
         """The answer to an exception, which is logged if it is no fault of the client's."""
         if isinstance(error, HTTPResponse):
             return error
-        if isinstance(error, (BadRequest, ClientGone)):
+        if getattr(error, "minibottle_peer", False):
             return HTTPError(getattr(error, "status", 400), str(error), error)
         if not self.catchall:
             raise error

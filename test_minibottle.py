@@ -622,6 +622,12 @@ app = App()
 app.get("/", callback=lambda: "Hello World!")
 
 
+@app.post("/collected")
+@app.post("/streamed", stream=True)
+def echo(request):
+    return request.body.read()
+
+
 def main():
     app.run(port=0)
 """,
@@ -1225,6 +1231,7 @@ SINKS = {  # everything through which text gets into a head; r is a Response
     "bytes": lambda r, bad: r.set_header("X-A", bad.encode()),
     "content_type": lambda r, bad: setattr(r, "content_type", bad),
     "content_length": lambda r, bad: setattr(r, "content_length", bad),
+    "expires": lambda r, bad: setattr(r, "expires", bad),
     "status": lambda r, bad: setattr(r, "status", "404 " + bad),
     "Response status": lambda r, bad: Response("", "404 " + bad),
     "Response headers": lambda r, bad: Response("", 200, {"X-A": bad}),
@@ -8127,6 +8134,21 @@ class CommandTargetTest(PooledTest):
             "shop", "shop:app", "shop:Shop", "shop:Corner.counter", "shop:wsgi", "shop:called",
             "shop:make_wsgi", "shop:make", "vendored.shop:main", "shop:main_of_wsgi", "shop:main",
             "vendored.shop:app")[::1 if LONG else 2]])
+
+    def test_a_copy_in_a_package_knows_what_the_running_copy_refuses(self):
+        large = b"Content-Length: 6\r\n\r\nabcdef"
+        broken = b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n"
+        with serve("vendored.shop:app", "--max-body", "5") as server:
+            for path, rest, status, message in (
+                    (b"/collected", large, b"413 Content Too Large", b"over 5 bytes (max_body)"),
+                    (b"/streamed", large, b"413 Content Too Large", b"over 5 bytes (max_body)"),
+                    (b"/streamed", broken, b"400 Bad Request", b"bad chunk size")):
+                with self.subTest(path=path, rest=rest), connect(server.url) as sock:
+                    sock.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: a\r\n" + rest)
+                    answer = read_all(sock)
+                    self.assertTrue(answer.startswith(b"HTTP/1.1 " + status), answer)
+                    self.assertIn(message, answer)
+            self.assertIsNone(server.find("Traceback"), server.said())
 
     def check_ends(self, rows, status, check):
         """Each row is arguments, and patterns of what is said, in one message, on stderr."""
