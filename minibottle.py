@@ -5569,7 +5569,7 @@ class Worker(Loop):
         thread has it."""
         me, x.result = self.aside, None
         if x.plan.cancel:
-            x.task = bridge.asyncio.current_task()
+            self.cancel_at_end(x)
         try:
             if type(result) is Pending:
                 result = await result
@@ -5578,7 +5578,7 @@ class Worker(Loop):
                 if type(result) is list:
                     return self.send_list(x, result, monotonic(), me)
             if is_event_stream(x.headers):
-                x.task = bridge.asyncio.current_task()
+                self.cancel_at_end(x)
             length = size_of_file(result) if x.length is None else x.length
             if type(result) is not AsyncBody:  # a file: read on threads, as a disk may block
                 result = AsyncBody(b"", pull_aside(result), "", [result])
@@ -5623,6 +5623,12 @@ class Worker(Loop):
         except (OSError, bridge.asyncio.TimeoutError):
             return False
         return True
+
+    def cancel_at_end(self, x: Exchange) -> None:
+        """Have this task cancelled when the client closes its side; it may have done so."""
+        x.task = bridge.asyncio.current_task()
+        if x.connection.mask == OFF:  # an event that nobody waited for
+            self.on_taken_event(x.connection)
 
     def on_taken_event(self, c: Connection) -> None:
         """Something has come while asyncio has it: the end, for who wants to know?"""
