@@ -143,40 +143,11 @@ class BottleException(Exception):
 
 
 class BadRequest(Exception):
-    """The peer broke the protocol: answer `status` and this message, then close."""
-    status = 400
+    """The peer broke the protocol or a limit: answer `status` and this message, then close."""
 
-
-class RequestTimeout(BadRequest):
-    status = 408
-
-
-class ContentTooLarge(BadRequest):
-    status = 413
-
-
-class URITooLong(BadRequest):
-    status = 414
-
-
-class ExpectationFailed(BadRequest):
-    status = 417
-
-
-class HeadTooLarge(BadRequest):
-    status = 431
-
-
-class NotSupported(BadRequest):
-    status = 501
-
-
-class ServiceUnavailable(BadRequest):
-    status = 503
-
-
-class VersionNotSupported(BadRequest):
-    status = 505
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ClientGone(ConnectionError):
@@ -684,11 +655,11 @@ def remember(memo: dict, key: object, value: object, most: int = MAX_MEMO) -> No
 def parse_head(text: str, template: Template, max_headers: int = 100) -> Dict[str, Any]:
     """The head of a request without its last CRLF CRLF -> `template` and what the head says.
 
-    `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest and its children.
+    `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest.
     """
     lines = text.split("\r\n")
     if len(lines) > max_headers + 1:
-        raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
+        raise BadRequest(f"over {max_headers} headers (max_headers)", 431)
     line = lines.pop(0)
     environ = (template.begun.get(line) or template.begin(line)).copy()
     for line in lines:  # FAST: a memo of checked lines, 0.3 of the time of matching each
@@ -708,9 +679,9 @@ def parse_request_line(line: str) -> Dict[str, Any]:
         raise BadRequest(f"bad request line {line[:80]!a}")
     method, target, protocol = match.groups()
     if protocol not in ("HTTP/1.1", "HTTP/1.0"):
-        raise VersionNotSupported(f"{protocol} is not supported, HTTP/1.1 is")
+        raise BadRequest(f"{protocol} is not supported, HTTP/1.1 is", 505)
     if method == "CONNECT":
-        raise NotSupported("CONNECT is not supported")
+        raise BadRequest("CONNECT is not supported", 501)
     path, _, query = target.partition("?")
     parts = {"REQUEST_METHOD": method, "REQUEST_URI": target,
              "PATH_INFO": percent_decode(path).decode("latin-1") if "%" in path else path,
@@ -798,12 +769,12 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
         raise BadRequest("line ended by LF without CR")
     if end or len(line) > max_request_line:
         if len(line) > max_request_line:
-            raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
+            raise BadRequest(f"request line over {max_request_line} bytes (max_request_line)", 414)
         parse_request_line(line.decode("latin-1"))
     elif data[:1] not in (b"", b"\r") and not TOKEN.match(data[:1].decode("latin-1")):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
     if len(rest) > max_header_bytes:
-        raise HeadTooLarge(f"header over {max_header_bytes} bytes (max_header_bytes)")
+        raise BadRequest(f"header over {max_header_bytes} bytes (max_header_bytes)", 431)
 
 
 def parse_framing(environ: Dict[str, Any]) -> int:
@@ -824,7 +795,7 @@ def parse_framing(environ: Dict[str, Any]) -> int:
     if not coding.isascii() or codings.count("chunked") != 1 or codings[-1] != "chunked":
         raise BadRequest(f"Transfer-Encoding {coding[:80]!a} does not end in chunked")
     if len(codings) > 1:
-        raise NotSupported(f"Transfer-Encoding {coding[:80]!a}: only chunked is supported")
+        raise BadRequest(f"Transfer-Encoding {coding[:80]!a}: only chunked is supported", 501)
     return -1
 
 
@@ -846,7 +817,7 @@ def iter_counted(buf: bytearray, length: int) -> Decoder:
 def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
     """Decode a chunked body from `buf` (RFC 9112 7.1): its pieces as they come, NEED_DATA between.
 
-    Bytes after the body stay in `buf`. Raises BadRequest, ContentTooLarge.
+    Bytes after the body stay in `buf`. Raises BadRequest.
     """
     left = max_body
     while True:
@@ -862,7 +833,7 @@ def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
         size = int(match[1], 16)
         left -= size
         if left < 0:
-            raise ContentTooLarge(f"body over {max_body} bytes (max_body)")
+            raise BadRequest(f"body over {max_body} bytes (max_body)", 413)
         if not size:
             break
         yield from iter_counted(buf, size)
@@ -878,7 +849,7 @@ def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
         name, _ = parse_field_line(line[:-2].decode("latin-1"))
         if name in NO_TRAILER:
             raise BadRequest(f"{line[:60]!a} in a trailer")
-    raise HeadTooLarge(f"over {MAX_TRAILERS} trailers")
+    raise BadRequest(f"over {MAX_TRAILERS} trailers", 431)
 
 
 def take_chunks(buf: bytearray) -> Tuple[List[bytes], int]:
@@ -989,10 +960,10 @@ def format_error(error: BadRequest) -> Tuple[str, bytes]:
 def parse_qsl(text: str, max_fields: int = 0) -> List[Tuple[str, str]]:
     """"a=1&b=x+y&c" -> [("a", "1"), ("b", "x y"), ("c", "")]. Only & separates.
 
-    Raises ContentTooLarge over `max_fields` (0: no limit), before anything is split.
+    Raises BadRequest (413) over `max_fields` (0: no limit), before anything is split.
     """
     if max_fields and text.count("&") >= max_fields:
-        raise ContentTooLarge(f"over {max_fields} form fields (max_fields)")
+        raise BadRequest(f"over {max_fields} form fields (max_fields)", 413)
     pairs = []
     plain = "%" not in text and "+" not in text
     for part in text.split("&"):
@@ -1216,7 +1187,7 @@ def parse_disposition(header: str) -> Tuple[str, str]:
 
 
 def read_multipart(body: BinaryIO, boundary: str, limits: Settings) -> FormsDict:
-    """The fields and files of a form. Raises BadRequest and, for each limit, ContentTooLarge."""
+    """The fields and files of a form. Raises BadRequest, 413 for each limit."""
     fields, count, files, text_left = FormsDict(), 0, 0, limits.max_form_memory
     for headers, start, end in iter_parts(body, boundary):
         name, filename = parse_disposition(headers.get("Content-Disposition", ""))
@@ -1224,12 +1195,12 @@ def read_multipart(body: BinaryIO, boundary: str, limits: Settings) -> FormsDict
         files += bool(filename)
         text_left -= 0 if filename else end - start
         if count > limits.max_fields:
-            raise ContentTooLarge(f"over {limits.max_fields} form fields (max_fields)")
+            raise BadRequest(f"over {limits.max_fields} form fields (max_fields)", 413)
         if files > limits.max_files:
-            raise ContentTooLarge(f"over {limits.max_files} files in a form (max_files)")
+            raise BadRequest(f"over {limits.max_files} files in a form (max_files)", 413)
         if text_left < 0:
-            raise ContentTooLarge(
-                f"form fields over {limits.max_form_memory} bytes (max_form_memory)")
+            raise BadRequest(
+                f"form fields over {limits.max_form_memory} bytes (max_form_memory)", 413)
         if filename:
             file = open_part(body, start, end, limits.spool_threshold)
             fields.append(name, FileUpload(file, name, filename, headers))
@@ -1811,7 +1782,7 @@ class Request:
         if type(copy) is not io.BytesIO:
             environ.setdefault("minibottle.files", []).append(copy)
         if length > most or copy.tell() > most:
-            raise ContentTooLarge(f"body over {most} bytes (max_body)")
+            raise BadRequest(f"body over {most} bytes (max_body)", 413)
         environ["wsgi.input"] = environ["minibottle.body"] = copy
         return copy
 
@@ -1830,7 +1801,7 @@ class Request:
         body.seek(0)
         data: bytes = body.read(limit + 1)
         if len(data) > limit:
-            raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
+            raise BadRequest(f"body over {limit} bytes (max_form_memory)", 413)
         return data
 
     @property
@@ -4633,9 +4604,9 @@ class Loop:
             return
         try:
             if monotonic() > queued + self.settings.queue_timeout:
-                self.on_error(x, ServiceUnavailable(
+                self.on_error(x, BadRequest(
                     f"no thread was free within {self.settings.queue_timeout} s "
-                    f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
+                    f"(queue_timeout, max_threads {self.settings.max_threads})", 503), me)
             else:
                 self.call(x, me)
         except Exception as error:
@@ -5220,7 +5191,7 @@ class Worker(Loop):
             length = parse_framing(environ)
             expect = environ.get("HTTP_EXPECT", "").lower()
             if expect and expect != "100-continue":
-                raise ExpectationFailed(f"Expect {expect[:80]!r} is not supported")
+                raise BadRequest(f"Expect {expect[:80]!r} is not supported", 417)
         except BadRequest as error:
             return self.refuse(c, error, me)
         if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
@@ -5234,7 +5205,7 @@ class Worker(Loop):
             x.ending = CLOSE
             return self.call(x, me)
         if length > limit:
-            return self.refuse(c, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
+            return self.refuse(c, BadRequest(f"body over {limit} bytes (max_body)", 413), me)
         if not length:
             return self.call(x, me)
         buf = bytearray(c.buf)
@@ -5717,7 +5688,7 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
-        if isinstance(error, ContentTooLarge) and self.plan != self.learned_plan:
+        if getattr(error, "status", 0) == 413 and self.plan != self.learned_plan:
             x.environ.update({"minibottle.refused": error, "minibottle.route": None})
             return self.call(x, me)
         self.on_error(x, error, me)
@@ -5741,10 +5712,10 @@ class Worker(Loop):
         else:
             self.close(c)
 
-    def too_slow(self, phase: str) -> RequestTimeout:
+    def too_slow(self, phase: str) -> BadRequest:
         name = "header_timeout" if phase is HEAD else "body_timeout"
-        return RequestTimeout(
-            f"the {phase} came too slowly ({name} {getattr(self.settings, name)} s)")
+        return BadRequest(
+            f"the {phase} came too slowly ({name} {getattr(self.settings, name)} s)", 408)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
