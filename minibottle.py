@@ -200,10 +200,12 @@ class Settings:
     workers: str
     max_connections: int
     max_body: int
+    if TYPE_CHECKING:  # at run time it would slow each read of a setting
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, **given: object) -> None:
         for name, default, _ in SETTINGS:
-            setattr(self, name, parse_setting(name, given.pop(name, default)))
+            setattr(self, name, parse_setting(name, default, given.pop(name, default)))
         if not 1 <= self.gzip_level <= 9:
             raise UsageError(f"setting gzip_level: {self.gzip_level} is not 1 to 9")
         for name in ("max_threads", "header_timeout", "body_timeout", "write_timeout",
@@ -211,34 +213,27 @@ class Settings:
             if not getattr(self, name):
                 raise UsageError(f"setting {name}: with 0 nobody would be served")
         if given:
-            names = ", ".join(name for name, _, _ in SETTINGS)
-            raise UsageError(f"unknown setting {', '.join(sorted(given))}; there are {names}")
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"no setting {name!r}")
+            unknown = ", ".join(sorted(given))
+            raise UsageError(f"unknown setting {unknown}; there are {', '.join(vars(self))}")
 
 
-def parse_setting(name: str, value: Any) -> object:
-    """("grace", "5") -> 5.0, by the type of its default."""
-    default: Any = SETTING_DEFAULTS.get(name)
-    if isinstance(default, tuple):
+def parse_setting(name: str, default: Any, value: Any) -> object:
+    """("grace", 10.0, "5") -> 5.0, by the type of its default."""
+    kind = type(default)
+    if kind is tuple:
         values = (value,) if isinstance(value, str) else value
-        if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
+        fits = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
+        if fits and values:
             return tuple(values)
-    elif isinstance(default, bool):
+    elif kind is bool:
         if isinstance(value, bool):
             return value
-    elif isinstance(default, str):
-        if re.fullmatch("auto|[0-9]{1,4}", str(value)):
-            return str(value)
-    elif isinstance(default, (int, float)) and not isinstance(value, bool):
-        if re.fullmatch(r"[0-9]{1,18}" if type(default) is int else r"[0-9]{1,18}(\.[0-9]*)?",
-                        str(value)):
-            return type(default)(value)
+    elif re.fullmatch(SETTING_FORMS[kind], str(value)):
+        return kind(value)
     raise UsageError(f"setting {name}: {value!r} does not fit (its default is {default!r})")
 
 
-SETTING_DEFAULTS = {name: default for name, default, _ in SETTINGS}
+SETTING_FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?", str: "auto|[0-9]{1,4}"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -427,6 +422,8 @@ def check_field_value(value: object) -> str:
 class MultiDict(MutableMapping):
     """A dict with several values a name: `d[k]` is the last, `d[k] = v` adds one."""
 
+    _key = staticmethod(lambda key: key)  # what a name is kept under
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.dict: Dict[str, list] = {}
         if args or kwargs:
@@ -440,31 +437,32 @@ class MultiDict(MutableMapping):
         return iter(self.dict)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.dict
+        return self._key(key) in self.dict
 
-    def __getitem__(self, key: str) -> object:
-        return self.dict[key][-1]
+    def __getitem__(self, key: str) -> Any:
+        return self.dict[self._key(key)][-1]
 
     def __setitem__(self, key: str, value: object) -> None:
         self.append(key, value)
 
     def __delitem__(self, key: str) -> None:
-        del self.dict[key]
+        del self.dict[self._key(key)]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.dict!r}>"
 
     def append(self, key: str, value: object) -> None:
-        self.dict.setdefault(key, []).append(value)
+        self.dict.setdefault(self._key(key), []).append(value)
 
     def replace(self, key: str, value: object) -> None:
-        self.dict[key] = [value]
+        self.dict[self._key(key)] = [value]
 
     def getall(self, key: str) -> list:
-        return self.dict.get(key) or []
+        return self.dict.get(self._key(key)) or []
 
     def get(self, key, default=None, index=-1, type=None):
         """One value, the last by default; `type` converts it. `default` on any failure."""
+        key = self._key(key)
         try:
             value = self.dict[key][index]
             return type(value) if type else value
@@ -509,37 +507,20 @@ def fields_of(pairs: Iterable[Tuple[str, Any]]) -> FormsDict:
 class HeaderDict(MultiDict):
     """Headers to send: names without case, `d[k] = v` replaces. ValueError on bad characters."""
 
-    def __contains__(self, key: object) -> bool:
-        return check_field_name(key) in self.dict
-
-    def __getitem__(self, key: str) -> str:
-        return self.dict[check_field_name(key)][-1]
-
-    def __setitem__(self, key: str, value: object) -> None:
-        self.dict[check_field_name(key)] = [check_field_value(value)]
-
-    def __delitem__(self, key: str) -> None:
-        del self.dict[check_field_name(key)]
+    _key = staticmethod(check_field_name)
 
     def append(self, key: str, value: object) -> None:
-        self.dict.setdefault(check_field_name(key), []).append(check_field_value(value))
+        self.dict.setdefault(self._key(key), []).append(check_field_value(value))
 
     def replace(self, key: str, value: object) -> None:
-        self[key] = value
+        self.dict[self._key(key)] = [check_field_value(value)]
 
-    def getall(self, key: str) -> list:
-        return self.dict.get(check_field_name(key)) or []
-
-    def get(self, key, default=None, index=-1, type=None):
-        return MultiDict.get(self, check_field_name(key), default, index, type)
-
-    getone = get
-    getlist = getall
+    __setitem__ = replace
 
     def filter(self, names: Iterable[str]) -> None:
         """Remove these."""
         for name in names:
-            self.dict.pop(check_field_name(name), None)
+            self.dict.pop(self._key(name), None)
 
 
 def header_property(name: str, read: Callable = str, default: Any = "",
@@ -6569,9 +6550,9 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
             return adapter.run(made)
         except KeyboardInterrupt:
             return
-    unknown = sorted(set(options) - set(SETTING_DEFAULTS))
+    unknown = sorted(set(options) - set(vars(DEFAULTS)))
     if unknown:
-        print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(SETTING_DEFAULTS)}")
+        print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(vars(DEFAULTS))}")
     options = {"bind": join_port(host, port), "quiet": quiet,
                **{name: value for name, value in options.items() if name not in unknown}}
     if running is not None:
@@ -6715,7 +6696,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     sys.path.insert(0, os.getcwd())
     try:
         given = vars(make_parser().parse_args(argv))
-        flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
+        flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
         debug(given["debug"])
         Settings(**flags)
         if given["reload"]:
