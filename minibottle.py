@@ -748,9 +748,9 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
     line, end, rest = data.partition(b"\r\n")
     if re.search(BARE_LF, data):
         raise BadRequest("line ended by LF without CR")
-    if end or len(line) > max_request_line:
-        if len(line) > max_request_line:
-            raise BadRequest(f"request line over {max_request_line} bytes (max_request_line)", 414)
+    if len(line) > max_request_line:
+        raise BadRequest(f"request line over {max_request_line} bytes (max_request_line)", 414)
+    if end:
         parse_request_line(line.decode("latin-1"))
     elif data[:1] not in (b"", b"\r") and not TOKEN.match(data[:1].decode("latin-1")):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
@@ -780,15 +780,12 @@ def parse_framing(environ: Dict[str, Any]) -> int:
     return -1
 
 
-NEED_DATA = b""
+NEED_DATA = b""  # what a piece is while `buf` is empty
 
 
 def iter_counted(buf: bytearray, length: int) -> Decoder:
     """Decode a body of `length` bytes from `buf`: its pieces as they come, NEED_DATA between."""
     while length:
-        if not buf:
-            yield NEED_DATA
-            continue
         piece = bytes(buf[:length])
         del buf[:length]
         length -= len(piece)
@@ -852,15 +849,13 @@ def take_chunks(buf: bytearray) -> Tuple[List[bytes], int]:
 
 def take_line(buf: bytearray) -> Generator[bytes, None, bytes]:
     """Take one line with its CRLF off `buf`; raise BadRequest past MAX_CHUNK_LINE_BYTES."""
-    while True:
-        end = buf.find(b"\n", 0, MAX_CHUNK_LINE_BYTES)
-        if end >= 0:
-            break
+    while b"\n" not in buf[:MAX_CHUNK_LINE_BYTES]:
         if len(buf) >= MAX_CHUNK_LINE_BYTES:
             raise BadRequest(f"chunk line over {MAX_CHUNK_LINE_BYTES} bytes")
         yield NEED_DATA
-    line = bytes(buf[:end + 1])
-    del buf[:end + 1]
+    end = buf.index(b"\n") + 1
+    line = bytes(buf[:end])
+    del buf[:end]
     if line[-2:] != b"\r\n":
         raise BadRequest("chunk line ended by LF without CR")
     return line
@@ -991,41 +986,30 @@ PIECE_BYTES = 1 << 18
 CUT_FORM = "multipart body without its last boundary"
 
 
-def iter_parts(file: BinaryIO, boundary: str) -> Iterator[Tuple[HeaderDict, int, int]]:
-    """Of each part of a form its headers, and where in `file` its body begins and ends. What is
+def iter_parts(data: Union[bytes, mmap.mmap],
+               boundary: str) -> Iterator[Tuple[HeaderDict, int, int]]:
+    """Of each part of a form its headers, and where in `data` its body begins and ends. What is
     before the first part and after the last means nothing.
     """
     delimiter = b"\r\n--" + boundary.encode("latin-1")  # the line end before it belongs to it,
-    file.seek(0)                                         # but the first may have none
-    at = -2 if file.read(len(delimiter) - 2) == delimiter[2:] else find_in(file, delimiter, 0)
-    while True:
+    first = data[:len(delimiter) - 2] == delimiter[2:]    # but the first may have none
+    at = -2 if first else find_in(data, delimiter, 0)
+    while data[at + len(delimiter):at + len(delimiter) + 2] != b"--":
         at += len(delimiter)
-        file.seek(at)
-        head = file.read(MAX_PART_HEAD_BYTES)
-        if head[:2] == b"--":
-            return
-        end = head.find(b"\r\n\r\n")
+        end = data.find(b"\r\n\r\n", at, at + MAX_PART_HEAD_BYTES)
         if end < 0:
             raise BadRequest(f"headers of a part over {MAX_PART_HEAD_BYTES} bytes"
-                             if len(head) == MAX_PART_HEAD_BYTES else CUT_FORM)
-        headers, start = parse_part_head(head[:end]), at + end + 4
-        at = find_in(file, delimiter, start)
+                             if at + MAX_PART_HEAD_BYTES <= len(data) else CUT_FORM)
+        headers, start = parse_part_head(data[at:end]), end + 4
+        at = find_in(data, delimiter, start)
         yield headers, start, at
 
 
-def find_in(file: BinaryIO, delimiter: bytes, at: int) -> int:
-    """Where the first `delimiter` after `at` begins. Pieces grow, as most parts are short."""
-    size = 4096
-    while True:
-        file.seek(at)
-        piece = file.read(size)
-        found = piece.find(delimiter)
-        if found >= 0:
-            return at + found
-        if len(piece) < size:
-            raise BadRequest(CUT_FORM)
-        at += size - len(delimiter) + 1  # its first bytes may be here already
-        size = min(2 * size, PIECE_BYTES)
+def find_in(data: Union[bytes, mmap.mmap], delimiter: bytes, start: int) -> int:
+    at = data.find(delimiter, start)
+    if at < 0:
+        raise BadRequest(CUT_FORM)
+    return at
 
 
 def parse_part_head(head: bytes) -> HeaderDict:
@@ -1054,7 +1038,7 @@ def datetime_of(text: str) -> Any:
 
 def parse_length(text: str) -> int:
     """"5" -> 5; -1 for what is no length."""
-    return int(text) if len(text) < 20 and text.isdecimal() and text.isascii() else -1
+    return int(text) if LENGTH.fullmatch(text) else -1
 
 
 class FileUpload:
@@ -1121,10 +1105,10 @@ DEVICE_NAME = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])[ .]*(\..*)?"  # files of Win
 
 
 class FilePart(io.RawIOBase):
-    """Some bytes of a temporary file, as a file: an upload is not copied out of a large body."""
+    """Some bytes of a mapped file, as a file: an upload is not copied out of a large body."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        self.file = file
+    def __init__(self, data: mmap.mmap, start: int, end: int) -> None:
+        self.data = data
         self.start = start
         self.end = end
         self.at = start
@@ -1139,20 +1123,10 @@ class FilePart(io.RawIOBase):
         return self.at - self.start
 
     def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self.end - self.at))
-        piece = os.pread(self.file.fileno(), size, self.at)  # no other reader is disturbed
+        piece = self.data[self.at:min(self.at + len(buffer), self.end)]
         buffer[:len(piece)] = piece
         self.at += len(piece)
         return len(piece)
-
-
-def open_part(body: BinaryIO, start: int, end: int, threshold: int) -> BinaryIO:
-    if type(body) is io.BytesIO or not hasattr(os, "pread"):  # Windows
-        body.seek(start)
-        file = copy_body(body.read, end - start, threshold)
-        file.seek(0)
-        return file
-    return io.BufferedReader(FilePart(body, start, end))
 
 
 def parse_disposition(header: str) -> Tuple[str, str]:
@@ -1170,7 +1144,10 @@ def parse_disposition(header: str) -> Tuple[str, str]:
 def read_multipart(body: BinaryIO, boundary: str, limits: Settings) -> FormsDict:
     """The fields and files of a form. Raises BadRequest, 413 for each limit."""
     fields, count, files, text_left = FormsDict(), 0, 0, limits.max_form_memory
-    for headers, start, end in iter_parts(body, boundary):
+    body.seek(0)  # what was written last is in the file then
+    data = (body.getvalue() if isinstance(body, io.BytesIO) else
+            mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ))
+    for headers, start, end in iter_parts(data, boundary):
         name, filename = parse_disposition(headers.get("Content-Disposition", ""))
         count += 1
         files += bool(filename)
@@ -1182,12 +1159,12 @@ def read_multipart(body: BinaryIO, boundary: str, limits: Settings) -> FormsDict
         if text_left < 0:
             raise BadRequest(
                 f"form fields over {limits.max_form_memory} bytes (max_form_memory)", 413)
-        if filename:
-            file = open_part(body, start, end, limits.spool_threshold)
-            fields.append(name, FileUpload(file, name, filename, headers))
+        if not filename:
+            fields.append(name, data[start:end].decode("utf-8", "replace"))
         else:
-            body.seek(start)
-            fields.append(name, body.read(end - start).decode("utf-8", "replace"))
+            file = (io.BytesIO(data[start:end]) if isinstance(data, bytes) else
+                    io.BufferedReader(FilePart(data, start, end)))
+            fields.append(name, FileUpload(file, name, filename, headers))
     return fields
 
 
