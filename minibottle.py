@@ -606,6 +606,7 @@ SPECIAL_FIELDS = frozenset(("CONTENT_LENGTH", "HTTP_TRANSFER_ENCODING", "HTTP_EX
                             "HTTP_CONNECTION", DROPPED))
 
 field_lines: Dict[str, Field] = {}       # a header line, checked -> (environ key, value)
+field_names: Dict[str, str] = {}         # a header name, checked -> its environ key
 known_field = field_lines.get
 
 
@@ -703,12 +704,23 @@ def parse_field_line(line: str) -> Field:
     if not match:
         raise BadRequest(f"{explain_field_line(line)} in header line {line[:60]!a}")
     given, value = match.groups()
-    if "_" in given:  # X_A would be the same as X-A, past a proxy's check
+    name = field_names.get(given) or learn_name(given)
+    if name is DROPPED:
         return DROPPED, given
-    name, value = environ_key(given), value.strip(" \t")
+    value = value.strip(" \t")
     if name == "HTTP_HOST" and not HOST.fullmatch(value):
         raise BadRequest(f"bad host {value[:80]!a}")
     return name, value
+
+
+def learn_name(name: str) -> str:
+    """"X-A" -> "HTTP_X_A". X_A is DROPPED: it would be the same, past a proxy's check."""
+    if "_" in name:
+        return DROPPED
+    key = environ_key(name)
+    if len(name) < MAX_MEMO_CHARS:
+        remember(field_names, name, key)
+    return key
 
 
 def explain_field_line(line: str) -> str:

@@ -1443,7 +1443,7 @@ def template():
 
 
 def forget():
-    for memo in ("field_lines", "request_lines"):
+    for memo in ("field_lines", "field_names", "request_lines"):
         getattr(minibottle, memo, {}).clear()
 
 
