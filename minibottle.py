@@ -144,41 +144,13 @@ class BottleException(Exception):
 
 
 class BadRequest(Exception):
-    """The peer broke the protocol: answer `status` and this message, then close."""
-    status = 400
+    """The peer broke the protocol or a limit: answer `status` and this message, then close."""
+
     minibottle_peer = True  # by which an App knows it, of whichever copy of this file it is
 
-
-class RequestTimeout(BadRequest):
-    status = 408
-
-
-class ContentTooLarge(BadRequest):
-    status = 413
-
-
-class URITooLong(BadRequest):
-    status = 414
-
-
-class ExpectationFailed(BadRequest):
-    status = 417
-
-
-class HeadTooLarge(BadRequest):
-    status = 431
-
-
-class NotSupported(BadRequest):
-    status = 501
-
-
-class ServiceUnavailable(BadRequest):
-    status = 503
-
-
-class VersionNotSupported(BadRequest):
-    status = 505
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ClientGone(ConnectionError):
@@ -232,10 +204,12 @@ class Settings:
     workers: str
     max_connections: int
     max_body: int
+    if TYPE_CHECKING:  # at run time it would slow each read of a setting
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, **given: object) -> None:
         for name, default, _ in SETTINGS:
-            setattr(self, name, parse_setting(name, given.pop(name, default)))
+            setattr(self, name, parse_setting(name, default, given.pop(name, default)))
         if not 1 <= self.gzip_level <= 9:
             raise UsageError(f"setting gzip_level: {self.gzip_level} is not 1 to 9")
         for name in ("max_threads", "header_timeout", "body_timeout", "write_timeout",
@@ -243,34 +217,27 @@ class Settings:
             if not getattr(self, name):
                 raise UsageError(f"setting {name}: with 0 nobody would be served")
         if given:
-            names = ", ".join(name for name, _, _ in SETTINGS)
-            raise UsageError(f"unknown setting {', '.join(sorted(given))}; there are {names}")
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"no setting {name!r}")
+            unknown = ", ".join(sorted(given))
+            raise UsageError(f"unknown setting {unknown}; there are {', '.join(vars(self))}")
 
 
-def parse_setting(name: str, value: Any) -> object:
-    """("grace", "5") -> 5.0, by the type of its default."""
-    default: Any = SETTING_DEFAULTS.get(name)
-    if isinstance(default, tuple):
+def parse_setting(name: str, default: Any, value: Any) -> object:
+    """("grace", 10.0, "5") -> 5.0, by the type of its default."""
+    kind = type(default)
+    if kind is tuple:
         values = (value,) if isinstance(value, str) else value
-        if isinstance(values, (list, tuple)) and values and all(isinstance(v, str) for v in values):
+        fits = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
+        if fits and values:
             return tuple(values)
-    elif isinstance(default, bool):
+    elif kind is bool:
         if isinstance(value, bool):
             return value
-    elif isinstance(default, str):
-        if re.fullmatch("auto|[0-9]{1,4}", str(value)):
-            return str(value)
-    elif isinstance(default, (int, float)) and not isinstance(value, bool):
-        if re.fullmatch(r"[0-9]{1,18}" if type(default) is int else r"[0-9]{1,18}(\.[0-9]*)?",
-                        str(value)):
-            return type(default)(value)
+    elif re.fullmatch(SETTING_FORMS[kind], str(value)):
+        return kind(value)
     raise UsageError(f"setting {name}: {value!r} does not fit (its default is {default!r})")
 
 
-SETTING_DEFAULTS = {name: default for name, default, _ in SETTINGS}
+SETTING_FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?", str: "auto|[0-9]{1,4}"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -459,6 +426,8 @@ def check_field_value(value: object) -> str:
 class MultiDict(MutableMapping):
     """A dict with several values a name: `d[k]` is the last, `d[k] = v` adds one."""
 
+    _key = staticmethod(lambda key: key)  # what a name is kept under
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.dict: Dict[str, list] = {}
         if args or kwargs:
@@ -472,31 +441,32 @@ class MultiDict(MutableMapping):
         return iter(self.dict)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.dict
+        return self._key(key) in self.dict
 
-    def __getitem__(self, key: str) -> object:
-        return self.dict[key][-1]
+    def __getitem__(self, key: str) -> Any:
+        return self.dict[self._key(key)][-1]
 
     def __setitem__(self, key: str, value: object) -> None:
         self.append(key, value)
 
     def __delitem__(self, key: str) -> None:
-        del self.dict[key]
+        del self.dict[self._key(key)]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.dict!r}>"
 
     def append(self, key: str, value: object) -> None:
-        self.dict.setdefault(key, []).append(value)
+        self.dict.setdefault(self._key(key), []).append(value)
 
     def replace(self, key: str, value: object) -> None:
-        self.dict[key] = [value]
+        self.dict[self._key(key)] = [value]
 
     def getall(self, key: str) -> list:
-        return self.dict.get(key) or []
+        return self.dict.get(self._key(key)) or []
 
     def get(self, key, default=None, index=-1, type=None):
         """One value, the last by default; `type` converts it. `default` on any failure."""
+        key = self._key(key)
         try:
             value = self.dict[key][index]
             return type(value) if type else value
@@ -541,37 +511,20 @@ def fields_of(pairs: Iterable[Tuple[str, Any]]) -> FormsDict:
 class HeaderDict(MultiDict):
     """Headers to send: names without case, `d[k] = v` replaces. ValueError on bad characters."""
 
-    def __contains__(self, key: object) -> bool:
-        return check_field_name(key) in self.dict
-
-    def __getitem__(self, key: str) -> str:
-        return self.dict[check_field_name(key)][-1]
-
-    def __setitem__(self, key: str, value: object) -> None:
-        self.dict[check_field_name(key)] = [check_field_value(value)]
-
-    def __delitem__(self, key: str) -> None:
-        del self.dict[check_field_name(key)]
+    _key = staticmethod(check_field_name)
 
     def append(self, key: str, value: object) -> None:
-        self.dict.setdefault(check_field_name(key), []).append(check_field_value(value))
+        self.dict.setdefault(self._key(key), []).append(check_field_value(value))
 
     def replace(self, key: str, value: object) -> None:
-        self[key] = value
+        self.dict[self._key(key)] = [check_field_value(value)]
 
-    def getall(self, key: str) -> list:
-        return self.dict.get(check_field_name(key)) or []
-
-    def get(self, key, default=None, index=-1, type=None):
-        return MultiDict.get(self, check_field_name(key), default, index, type)
-
-    getone = get
-    getlist = getall
+    __setitem__ = replace
 
     def filter(self, names: Iterable[str]) -> None:
         """Remove these."""
         for name in names:
-            self.dict.pop(check_field_name(name), None)
+            self.dict.pop(self._key(name), None)
 
 
 def header_property(name: str, read: Callable = str, default: Any = "",
@@ -586,34 +539,35 @@ def header_property(name: str, read: Callable = str, default: Any = "",
     return property(get, put)
 
 
+CGI_KEYS = ("CONTENT_TYPE", "CONTENT_LENGTH")
+
+
+def environ_key(name: str) -> str:
+    """"X-A" -> "HTTP_X_A", "Content-Type" -> "CONTENT_TYPE" (PEP 3333)."""
+    key = name.replace("-", "_").upper()
+    return key if key in CGI_KEYS else "HTTP_" + key
+
+
 class WSGIHeaderDict(Mapping):
     """The request's headers, read from `environ`: names without case, values as text."""
-
-    cgi_keys = ("CONTENT_TYPE", "CONTENT_LENGTH")
 
     def __init__(self, environ: Dict[str, Any]) -> None:
         self.environ = environ
 
-    def _key(self, name: str) -> str:
-        key = name.replace("-", "_").upper()
-        return key if key in self.cgi_keys else "HTTP_" + key
-
     def raw(self, name: str, default: Optional[str] = None) -> Optional[str]:
         """The value as the server gave it, bytes as latin-1."""
-        return self.environ.get(self._key(name), default)
+        return self.environ.get(environ_key(name), default)
 
     def __getitem__(self, name: str) -> str:
-        return wsgi_to_text(self.environ[self._key(name)], "replace")
+        return wsgi_to_text(self.environ[environ_key(name)], "replace")
 
     def __contains__(self, name: object) -> bool:
-        return self._key(str(name)) in self.environ
+        return environ_key(str(name)) in self.environ
 
     def __iter__(self) -> Iterator[str]:
         for key in self.environ:
-            if key[:5] == "HTTP_":
-                yield key[5:].replace("_", "-").title()
-            elif key in self.cgi_keys:
-                yield key.replace("_", "-").title()
+            if key[:5] == "HTTP_" or key in CGI_KEYS:
+                yield key.replace("HTTP_", "", 1).replace("_", "-").title()
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -690,11 +644,11 @@ def remember(memo: dict, key: object, value: object, most: int = MAX_MEMO) -> No
 def parse_head(text: str, template: Template, max_headers: int = 100) -> Dict[str, Any]:
     """The head of a request without its last CRLF CRLF -> `template` and what the head says.
 
-    `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest and its children.
+    `text` is latin-1. PATH_INFO is percent-decoded. Raises BadRequest.
     """
     lines = text.split("\r\n")
     if len(lines) > max_headers + 1:
-        raise HeadTooLarge(f"over {max_headers} headers (max_headers)")
+        raise BadRequest(f"over {max_headers} headers (max_headers)", 431)
     line = lines.pop(0)
     environ = (template.begun.get(line) or template.begin(line)).copy()
     for line in lines:  # FAST: a memo of checked lines, 0.3 of the time of matching each
@@ -714,9 +668,9 @@ def parse_request_line(line: str) -> Dict[str, Any]:
         raise BadRequest(f"bad request line {line[:80]!a}")
     method, target, protocol = match.groups()
     if protocol not in ("HTTP/1.1", "HTTP/1.0"):
-        raise VersionNotSupported(f"{protocol} is not supported, HTTP/1.1 is")
+        raise BadRequest(f"{protocol} is not supported, HTTP/1.1 is", 505)
     if method == "CONNECT":
-        raise NotSupported("CONNECT is not supported")
+        raise BadRequest("CONNECT is not supported", 501)
     path, _, query = target.partition("?")
     parts = {"REQUEST_METHOD": method, "REQUEST_URI": target,
              "PATH_INFO": percent_decode(path).decode("latin-1") if "%" in path else path,
@@ -757,7 +711,7 @@ def parse_field_line(line: str) -> Field:
     if not match:
         raise BadRequest(f"{explain_field_line(line)} in header line {line[:60]!a}")
     given, value = match.groups()
-    name = field_names.get(given) or environ_key(given)
+    name = field_names.get(given) or learn_name(given)
     if name is DROPPED:
         return DROPPED, given
     value = value.strip(" \t")
@@ -766,13 +720,11 @@ def parse_field_line(line: str) -> Field:
     return name, value
 
 
-def environ_key(name: str) -> str:
+def learn_name(name: str) -> str:
     """"X-A" -> "HTTP_X_A". X_A is DROPPED: it would be the same, past a proxy's check."""
     if "_" in name:
         return DROPPED
-    key = name.upper().replace("-", "_")
-    if key not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
-        key = "HTTP_" + key
+    key = environ_key(name)
     if len(name) < MAX_MEMO_CHARS:
         remember(field_names, name, key)
     return key
@@ -802,14 +754,14 @@ def check_incomplete_head(data: bytes, max_request_line: int, max_header_bytes: 
     line, end, rest = data.partition(b"\r\n")
     if re.search(BARE_LF, data):
         raise BadRequest("line ended by LF without CR")
-    if end or len(line) > max_request_line:
-        if len(line) > max_request_line:
-            raise URITooLong(f"request line over {max_request_line} bytes (max_request_line)")
+    if len(line) > max_request_line:
+        raise BadRequest(f"request line over {max_request_line} bytes (max_request_line)", 414)
+    if end:
         parse_request_line(line.decode("latin-1"))
     elif data[:1] not in (b"", b"\r") and not TOKEN.match(data[:1].decode("latin-1")):
         raise BadRequest("this is no HTTP request")  # TLS on a plain port, for one
     if len(rest) > max_header_bytes:
-        raise HeadTooLarge(f"header over {max_header_bytes} bytes (max_header_bytes)")
+        raise BadRequest(f"header over {max_header_bytes} bytes (max_header_bytes)", 431)
 
 
 def parse_framing(environ: Dict[str, Any]) -> int:
@@ -830,19 +782,16 @@ def parse_framing(environ: Dict[str, Any]) -> int:
     if not coding.isascii() or codings.count("chunked") != 1 or codings[-1] != "chunked":
         raise BadRequest(f"Transfer-Encoding {coding[:80]!a} does not end in chunked")
     if len(codings) > 1:
-        raise NotSupported(f"Transfer-Encoding {coding[:80]!a}: only chunked is supported")
+        raise BadRequest(f"Transfer-Encoding {coding[:80]!a}: only chunked is supported", 501)
     return -1
 
 
-NEED_DATA = b""
+NEED_DATA = b""  # what a piece is while `buf` is empty
 
 
 def iter_counted(buf: bytearray, length: int) -> Decoder:
     """Decode a body of `length` bytes from `buf`: its pieces as they come, NEED_DATA between."""
     while length:
-        if not buf:
-            yield NEED_DATA
-            continue
         piece = bytes(buf[:length])
         del buf[:length]
         length -= len(piece)
@@ -852,15 +801,14 @@ def iter_counted(buf: bytearray, length: int) -> Decoder:
 def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
     """Decode a chunked body from `buf` (RFC 9112 7.1): its pieces as they come, NEED_DATA between.
 
-    Bytes after the body stay in `buf`. Raises BadRequest, ContentTooLarge.
+    Bytes after the body stay in `buf`. Raises BadRequest.
     """
     left = max_body
     while True:
-        pieces, taken = take_chunks(buf)  # FAST: those that are all here, 6 times as fast
-        left -= sum(map(len, pieces))
-        if pieces and left >= 0:
-            del buf[:taken]
-            yield b"".join(pieces)
+        data = take_chunks(buf, left)  # FAST: those that are all here, 6 times as fast
+        left -= len(data)
+        if data:
+            yield data
         line = yield from take_line(buf)
         match = CHUNK_LINE.fullmatch(line)
         if not match:
@@ -868,7 +816,7 @@ def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
         size = int(match[1], 16)
         left -= size
         if left < 0:
-            raise ContentTooLarge(f"body over {max_body} bytes (max_body)")
+            raise BadRequest(f"body over {max_body} bytes (max_body)", 413)
         if not size:
             break
         yield from iter_counted(buf, size)
@@ -884,37 +832,35 @@ def iter_chunked(buf: bytearray, max_body: int) -> Decoder:
         name, _ = parse_field_line(line[:-2].decode("latin-1"))
         if name in NO_TRAILER:
             raise BadRequest(f"{line[:60]!a} in a trailer")
-    raise HeadTooLarge(f"over {MAX_TRAILERS} trailers")
+    raise BadRequest(f"over {MAX_TRAILERS} trailers", 431)
 
 
-def take_chunks(buf: bytearray) -> Tuple[List[bytes], int]:
-    """The chunks at the start of `buf` that are there whole, and how many bytes they take."""
-    data = bytes(buf)
-    pieces: List[bytes] = []
-    taken = 0
+def take_chunks(buf: bytearray, most: int) -> bytes:
+    """Take the chunks off the start of `buf` that are there whole and together fit in `most`."""
+    data, pieces, taken = bytes(buf), [], 0
     match = CHUNK_LINE.match(data)
     while match:
         start = match.end()
         end = start + int(match[1], 16)
-        if end == start or data[end:end + 2] != b"\r\n":
+        most -= end - start
+        if end == start or most < 0 or data[end:end + 2] != b"\r\n":
             break
         pieces.append(data[start:end])
         taken = end + 2
         match = CHUNK_LINE.match(data, taken)
-    return pieces, taken
+    del buf[:taken]
+    return b"".join(pieces)
 
 
 def take_line(buf: bytearray) -> Generator[bytes, None, bytes]:
     """Take one line with its CRLF off `buf`; raise BadRequest past MAX_CHUNK_LINE_BYTES."""
-    while True:
-        end = buf.find(b"\n", 0, MAX_CHUNK_LINE_BYTES)
-        if end >= 0:
-            break
+    while b"\n" not in buf[:MAX_CHUNK_LINE_BYTES]:
         if len(buf) >= MAX_CHUNK_LINE_BYTES:
             raise BadRequest(f"chunk line over {MAX_CHUNK_LINE_BYTES} bytes")
         yield NEED_DATA
-    line = bytes(buf[:end + 1])
-    del buf[:end + 1]
+    end = buf.index(b"\n") + 1
+    line = bytes(buf[:end])
+    del buf[:end]
     if line[-2:] != b"\r\n":
         raise BadRequest("chunk line ended by LF without CR")
     return line
@@ -995,10 +941,10 @@ def format_error(error: BadRequest) -> Tuple[str, bytes]:
 def parse_qsl(text: str, max_fields: int = 0) -> List[Tuple[str, str]]:
     """"a=1&b=x+y&c" -> [("a", "1"), ("b", "x y"), ("c", "")]. Only & separates.
 
-    Raises ContentTooLarge over `max_fields` (0: no limit), before anything is split.
+    Raises BadRequest (413) over `max_fields` (0: no limit), before anything is split.
     """
     if max_fields and text.count("&") >= max_fields:
-        raise ContentTooLarge(f"over {max_fields} form fields (max_fields)")
+        raise BadRequest(f"over {max_fields} form fields (max_fields)", 413)
     pairs = []
     plain = "%" not in text and "+" not in text
     for part in text.split("&"):
@@ -1045,41 +991,30 @@ PIECE_BYTES = 1 << 18
 CUT_FORM = "multipart body without its last boundary"
 
 
-def iter_parts(file: BinaryIO, boundary: str) -> Iterator[Tuple[HeaderDict, int, int]]:
-    """Of each part of a form its headers, and where in `file` its body begins and ends. What is
+def iter_parts(data: Union[bytes, mmap.mmap],
+               boundary: str) -> Iterator[Tuple[HeaderDict, int, int]]:
+    """Of each part of a form its headers, and where in `data` its body begins and ends. What is
     before the first part and after the last means nothing.
     """
     delimiter = b"\r\n--" + boundary.encode("latin-1")  # the line end before it belongs to it,
-    file.seek(0)                                         # but the first may have none
-    at = -2 if file.read(len(delimiter) - 2) == delimiter[2:] else find_in(file, delimiter, 0)
-    while True:
+    first = data[:len(delimiter) - 2] == delimiter[2:]    # but the first may have none
+    at = -2 if first else find_in(data, delimiter, 0)
+    while data[at + len(delimiter):at + len(delimiter) + 2] != b"--":
         at += len(delimiter)
-        file.seek(at)
-        head = file.read(MAX_PART_HEAD_BYTES)
-        if head[:2] == b"--":
-            return
-        end = head.find(b"\r\n\r\n")
+        end = data.find(b"\r\n\r\n", at, at + MAX_PART_HEAD_BYTES)
         if end < 0:
             raise BadRequest(f"headers of a part over {MAX_PART_HEAD_BYTES} bytes"
-                             if len(head) == MAX_PART_HEAD_BYTES else CUT_FORM)
-        headers, start = parse_part_head(head[:end]), at + end + 4
-        at = find_in(file, delimiter, start)
+                             if at + MAX_PART_HEAD_BYTES <= len(data) else CUT_FORM)
+        headers, start = parse_part_head(data[at:end]), end + 4
+        at = find_in(data, delimiter, start)
         yield headers, start, at
 
 
-def find_in(file: BinaryIO, delimiter: bytes, at: int) -> int:
-    """Where the first `delimiter` after `at` begins. Pieces grow, as most parts are short."""
-    size = 4096
-    while True:
-        file.seek(at)
-        piece = file.read(size)
-        found = piece.find(delimiter)
-        if found >= 0:
-            return at + found
-        if len(piece) < size:
-            raise BadRequest(CUT_FORM)
-        at += size - len(delimiter) + 1  # its first bytes may be here already
-        size = min(2 * size, PIECE_BYTES)
+def find_in(data: Union[bytes, mmap.mmap], delimiter: bytes, start: int) -> int:
+    at = data.find(delimiter, start)
+    if at < 0:
+        raise BadRequest(CUT_FORM)
+    return at
 
 
 def parse_part_head(head: bytes) -> HeaderDict:
@@ -1108,7 +1043,7 @@ def datetime_of(text: str) -> Any:
 
 def parse_length(text: str) -> int:
     """"5" -> 5; -1 for what is no length."""
-    return int(text) if len(text) < 20 and text.isdecimal() and text.isascii() else -1
+    return int(text) if LENGTH.fullmatch(text) else -1
 
 
 class FileUpload:
@@ -1175,10 +1110,10 @@ DEVICE_NAME = r"(con|prn|aux|nul|com[0-9]|lpt[0-9])[ .]*(\..*)?"  # files of Win
 
 
 class FilePart(io.RawIOBase):
-    """Some bytes of a temporary file, as a file: an upload is not copied out of a large body."""
+    """Some bytes of a mapped file, as a file: an upload is not copied out of a large body."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        self.file = file
+    def __init__(self, data: mmap.mmap, start: int, end: int) -> None:
+        self.data = data
         self.start = start
         self.end = end
         self.at = start
@@ -1193,20 +1128,10 @@ class FilePart(io.RawIOBase):
         return self.at - self.start
 
     def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self.end - self.at))
-        piece = os.pread(self.file.fileno(), size, self.at)  # no other reader is disturbed
+        piece = self.data[self.at:min(self.at + len(buffer), self.end)]
         buffer[:len(piece)] = piece
         self.at += len(piece)
         return len(piece)
-
-
-def open_part(body: BinaryIO, start: int, end: int, threshold: int) -> BinaryIO:
-    if type(body) is io.BytesIO or not hasattr(os, "pread"):  # Windows
-        body.seek(start)
-        file = copy_body(body.read, end - start, threshold)
-        file.seek(0)
-        return file
-    return io.BufferedReader(FilePart(body, start, end))
 
 
 def parse_disposition(header: str) -> Tuple[str, str]:
@@ -1222,26 +1147,29 @@ def parse_disposition(header: str) -> Tuple[str, str]:
 
 
 def read_multipart(body: BinaryIO, boundary: str, limits: Settings) -> FormsDict:
-    """The fields and files of a form. Raises BadRequest and, for each limit, ContentTooLarge."""
+    """The fields and files of a form. Raises BadRequest, 413 for each limit."""
     fields, count, files, text_left = FormsDict(), 0, 0, limits.max_form_memory
-    for headers, start, end in iter_parts(body, boundary):
+    body.seek(0)  # what was written last is in the file then
+    data = (body.getvalue() if isinstance(body, io.BytesIO) else
+            mmap.mmap(body.fileno(), 0, access=mmap.ACCESS_READ))
+    for headers, start, end in iter_parts(data, boundary):
         name, filename = parse_disposition(headers.get("Content-Disposition", ""))
         count += 1
         files += bool(filename)
         text_left -= 0 if filename else end - start
         if count > limits.max_fields:
-            raise ContentTooLarge(f"over {limits.max_fields} form fields (max_fields)")
+            raise BadRequest(f"over {limits.max_fields} form fields (max_fields)", 413)
         if files > limits.max_files:
-            raise ContentTooLarge(f"over {limits.max_files} files in a form (max_files)")
+            raise BadRequest(f"over {limits.max_files} files in a form (max_files)", 413)
         if text_left < 0:
-            raise ContentTooLarge(
-                f"form fields over {limits.max_form_memory} bytes (max_form_memory)")
-        if filename:
-            file = open_part(body, start, end, limits.spool_threshold)
-            fields.append(name, FileUpload(file, name, filename, headers))
+            raise BadRequest(
+                f"form fields over {limits.max_form_memory} bytes (max_form_memory)", 413)
+        if not filename:
+            fields.append(name, data[start:end].decode("utf-8", "replace"))
         else:
-            body.seek(start)
-            fields.append(name, body.read(end - start).decode("utf-8", "replace"))
+            file = (io.BytesIO(data[start:end]) if isinstance(data, bytes) else
+                    io.BufferedReader(FilePart(data, start, end)))
+            fields.append(name, FileUpload(file, name, filename, headers))
     return fields
 
 
@@ -1817,7 +1745,7 @@ class Request:
         if type(copy) is not io.BytesIO:
             environ.setdefault("minibottle.files", []).append(copy)
         if length > most or copy.tell() > most:
-            raise ContentTooLarge(f"body over {most} bytes (max_body)")
+            raise BadRequest(f"body over {most} bytes (max_body)", 413)
         environ["wsgi.input"] = environ["minibottle.body"] = copy
         return copy
 
@@ -1836,7 +1764,7 @@ class Request:
         body.seek(0)
         data: bytes = body.read(limit + 1)
         if len(data) > limit:
-            raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
+            raise BadRequest(f"body over {limit} bytes (max_form_memory)", 413)
         return data
 
     @property
@@ -4589,9 +4517,9 @@ class Loop:
             return
         try:
             if monotonic() > queued + self.settings.queue_timeout:
-                self.on_error(x, ServiceUnavailable(
+                self.on_error(x, BadRequest(
                     f"no thread was free within {self.settings.queue_timeout} s "
-                    f"(queue_timeout, max_threads {self.settings.max_threads})"), me)
+                    f"(queue_timeout, max_threads {self.settings.max_threads})", 503), me)
             else:
                 self.call(x, me)
         except Exception as error:
@@ -5176,7 +5104,7 @@ class Worker(Loop):
             length = parse_framing(environ)
             expect = environ.get("HTTP_EXPECT", "").lower()
             if expect and expect != "100-continue":
-                raise ExpectationFailed(f"Expect {expect[:80]!r} is not supported")
+                raise BadRequest(f"Expect {expect[:80]!r} is not supported", 417)
         except BadRequest as error:
             return self.refuse(c, error, me)
         if environ["PATH_INFO"] == "*":  # RFC 9110 9.3.7: about the server, not about a resource
@@ -5190,7 +5118,7 @@ class Worker(Loop):
             x.ending = CLOSE
             return self.call(x, me)
         if length > limit:
-            return self.refuse(c, ContentTooLarge(f"body over {limit} bytes (max_body)"), me)
+            return self.refuse(c, BadRequest(f"body over {limit} bytes (max_body)", 413), me)
         if not length:
             return self.call(x, me)
         buf = bytearray(c.buf)
@@ -5672,7 +5600,7 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
-        if isinstance(error, ContentTooLarge) and self.plan != self.learned_plan:
+        if getattr(error, "status", 0) == 413 and self.plan != self.learned_plan:
             x.environ.update({"minibottle.refused": error, "minibottle.route": None})
             return self.call(x, me)
         self.on_error(x, error, me)
@@ -5696,10 +5624,10 @@ class Worker(Loop):
         else:
             self.close(c)
 
-    def too_slow(self, phase: str) -> RequestTimeout:
+    def too_slow(self, phase: str) -> BadRequest:
         name = "header_timeout" if phase is HEAD else "body_timeout"
-        return RequestTimeout(
-            f"the {phase} came too slowly ({name} {getattr(self.settings, name)} s)")
+        return BadRequest(
+            f"the {phase} came too slowly ({name} {getattr(self.settings, name)} s)", 408)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
         """Say which request it is, and where its code stands."""
@@ -6553,9 +6481,9 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
             return adapter.run(made)
         except KeyboardInterrupt:
             return
-    unknown = sorted(set(options) - set(SETTING_DEFAULTS))
+    unknown = sorted(set(options) - set(vars(DEFAULTS)))
     if unknown:
-        print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(SETTING_DEFAULTS)}")
+        print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(vars(DEFAULTS))}")
     options = {"bind": join_port(host, port), "quiet": quiet,
                **{name: value for name, value in options.items() if name not in unknown}}
     if running is not None:
@@ -6701,7 +6629,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     sys.path.insert(0, os.getcwd())
     try:
         given = vars(make_parser().parse_args(argv))
-        flags = {name: given[name] for name in SETTING_DEFAULTS if given[name] is not None}
+        flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
         debug(given["debug"])
         Settings(**flags)
         if given["reload"]:
