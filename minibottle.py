@@ -1597,7 +1597,7 @@ class kept(property):
         if self.key in environ:
             return environ[self.key]
         if view is request:
-            view = FoundRequest(environ)
+            view = Request(environ)  # so that the context is asked once
         try:
             value = environ[self.key] = self.fget(view)  # type: ignore[misc]
         except BadRequest as error:  # 400 or 413
@@ -1826,9 +1826,7 @@ class Request:
     def _read_body(self) -> bytes:
         """The whole body in memory."""
         limit = self._limits().max_form_memory
-        body = self._body
-        body.seek(0)
-        data: bytes = body.read(limit + 1)
+        data = self.body.read(limit + 1)
         if len(data) > limit:
             raise ContentTooLarge(f"body over {limit} bytes (max_form_memory)")
         return data
@@ -1948,13 +1946,6 @@ class LocalRequest(Request):
     environ = property(find_environ, bind)
 
 
-class FoundRequest(LocalRequest):
-    """The same for what works out an attribute, so that the context is asked once."""
-
-    __slots__ = ("environ",)
-    __init__ = Request.__init__
-
-
 class Response:
     """What will be sent: status, headers, cookies, body.
 
@@ -1975,12 +1966,9 @@ class Response:
         self._headers = HeaderDict()
         self._cookies: Dict[str, str] = {}
         self.status = status or self.default_status
-        if headers:
-            if hasattr(headers, "items"):
-                headers = getattr(headers, "allitems", headers.items)()
-            for name, value in headers:
-                self._headers.append(name, value)
-        for name, value in more_headers.items():
+        if hasattr(headers, "items"):
+            headers = getattr(headers, "allitems", headers.items)()
+        for name, value in chain(headers or (), more_headers.items()):
             self._headers.append(name, value)
 
     def __repr__(self) -> str:
@@ -2036,13 +2024,11 @@ class Response:
     @property
     def headerlist(self) -> List[Tuple[str, str]]:
         """[(name, value), …] as WSGI wants it, with the default content type and the cookies."""
+        fields, bad = self._headers.dict, self.bad_headers.get(self._status_code, ())
+        if "Content-Type" not in fields:
+            fields = {**fields, "Content-Type": [self.default_content_type]}
         pairs = [(name, value if value.isascii() else text_to_wsgi(value))
-                 for name, values in self._headers.dict.items() for value in values]
-        if "Content-Type" not in self._headers.dict:
-            pairs.append(("Content-Type", self.default_content_type))
-        if self._status_code in self.bad_headers:
-            bad = self.bad_headers[self._status_code]
-            pairs = [(name, value) for name, value in pairs if name not in bad]
+                 for name, values in fields.items() if name not in bad for value in values]
         return pairs + [("Set-Cookie", line) for line in self._cookies.values()]
 
     content_type = header_property("Content-Type")
@@ -2090,9 +2076,7 @@ class Response:
         An error has a body of its own, so what described the old one goes (RFC 9110 8).
         """
         if other.status_code >= 400 and isinstance(other, HTTPError):
-            for name in list(self._headers):
-                if name in OF_THE_BODY:
-                    del self._headers[name]
+            self._headers.filter(OF_THE_BODY)
         self.status = other.status_line
         for name, values in other._headers.dict.items():
             kept = self._headers.getall(name) if name == "Vary" else []
