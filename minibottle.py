@@ -4867,6 +4867,7 @@ class Loop:
 
 TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
 RECV_BYTES = 1 << 16
+SEND_BYTES = 1 << 10           # a socket that takes any takes so many at once
 SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
 MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
@@ -5278,8 +5279,6 @@ class Worker(Loop):
             x.plan.took(now - began)
         if error is not None:
             return self.on_error(x, error, me)
-        if x.body is not None and type(result) is not Pending and not x.body.is_done():
-            x.ending = CLOSE
         if type(result) is list and x.lines is not None and not x.head_sent:
             return self.send_list(x, result, now, me)
         self.respond(x, result, me)
@@ -5297,7 +5296,7 @@ class Worker(Loop):
         size = len(body)
         if size >= self.gzip_min or x.bodiless or x.length is not None and x.length != size:
             return self.send_whole(x, body, me)
-        if self.draining:
+        if self.draining or x.body is not None and not x.body.is_done():
             x.ending = CLOSE
         lines = x.lines
         prefix = self.prefixes.get(x.status) if now < self.date_at and not x.ours else None
@@ -5334,7 +5333,7 @@ class Worker(Loop):
             extra = format_length(x.length)
         elif not x.bodiless:  # its end is the end of the connection
             x.ending = CLOSE
-        if self.draining:
+        if self.draining or x.body is not None and not x.body.is_done():
             x.ending = CLOSE
         x.head_sent = True
         return self.make_prefix(x, monotonic()) + b"".join(x.lines) + extra + x.ending
@@ -5449,7 +5448,7 @@ class Worker(Loop):
         except OSError:
             pass
         self.close(c)
-        if x.head_sent and (self.logs or self.access_log.handlers):
+        if x.head_sent:
             self.log_access(x)
         me.exchange = None
         self.release(x, me)
@@ -5475,11 +5474,9 @@ class Worker(Loop):
 
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
-        x.result = result
-        if type(result) is Pending:
+        if type(result) in (Pending, AsyncBody):
             return bridge.spawn(result.context, self.complete(x, result))
-        if type(result) is AsyncBody:
-            return bridge.spawn(result.context, self.pump_async(x, result))
+        x.result = result
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
@@ -5599,65 +5596,53 @@ class Worker(Loop):
 
     # -- on asyncio --
 
-    async def complete(self, x: Exchange, pending: Pending) -> None:
-        """See a request to its end whose application awaits. Meanwhile no thread has it."""
-        me, x.result = self.aside, None
-        if x.plan.cancel:
-            x.task = bridge.asyncio.current_task()
+    async def complete(self, x: Exchange, result: Any) -> None:
+        """See a request to its end whose answer awaits. Meanwhile no thread has it."""
+        me = self.aside
         try:
-            result = await pending
+            if type(result) is Pending:
+                if x.plan.cancel:
+                    x.task = bridge.asyncio.current_task()
+                result = await result
+            if type(result) is AsyncBody:
+                return await self.pump_async(x, result)
         except bridge.asyncio.CancelledError:
             return self.abort(x, me)
         except BaseException as error:
             return self.on_error(x, error, me)
-        if x.body is not None and not x.body.is_done():
-            x.ending = CLOSE
-        if type(result) is AsyncBody:
-            await self.pump_async(x, result)
-        elif type(result) is list:
-            self.send_list(x, result, monotonic(), me)
-        else:
-            self.respond(x, result, me)
+        if type(result) is list:
+            return self.send_list(x, result, monotonic(), me)
+        self.respond(x, result, me)
 
     async def pump_async(self, x: Exchange, body: AsyncBody) -> None:
         """pump(), of an asynchronous iterator: as fast as the client takes it."""
-        me, x.result = self.aside, None
         x.task = bridge.asyncio.current_task()
         step: Callable = bytes
         end: Callable = bytes
         try:
-            if x.bodiless:
-                return self.send_whole(x, b"", me)
             if self.negotiate(x, x.length):
                 step, end = gzip_coder(self.settings.gzip_level)
-            async for piece in body:
-                if piece and not await self.transmit_async(x, self.frame(x, step(piece))):
-                    return self.abort(x, me)
-        except bridge.asyncio.CancelledError:
-            return self.abort(x, me)
-        except BaseException as error:
-            return self.on_error(x, error, me)
+            if not x.bodiless:
+                async for piece in body:
+                    if piece:
+                        await self.transmit_async(x, self.frame(x, step(piece)))
         finally:
             await body.aclose()
-        self.send_last(x, end(), me)
+        self.send_last(x, end(), self.aside)
 
-    async def transmit_async(self, x: Exchange, data: bytes) -> bool:
-        """transmit(), without a thread."""
+    async def transmit_async(self, x: Exchange, data: bytes) -> None:
+        """transmit(), without a thread. Raises ClientGone."""
         sock, view = x.connection.sock, memoryview(data)
         try:
             while view:
                 try:
                     view = view[sock.send(view):]
-                except (BlockingIOError, InterruptedError):
-                    ready = bridge.asyncio.Event()
-                    bridge.loop.add_writer(sock, ready.set)
-                    try:
-                        await bridge.asyncio.wait_for(ready.wait(), self.settings.write_timeout)
-                    finally:
-                        bridge.loop.remove_writer(sock)
+                except (BlockingIOError, InterruptedError):  # a little of it waits for its room
+                    step = bridge.loop.sock_sendall(sock, view[:SEND_BYTES])
+                    await bridge.asyncio.wait_for(step, self.settings.write_timeout)
+                    view = view[SEND_BYTES:]
         except (OSError, bridge.asyncio.TimeoutError):
-            return False
-        return True
+            raise ClientGone("while the answer was sent") from None
 
     def on_taken_event(self, c: Connection) -> None:
         """Something has come while asyncio has it: if that is the end, nobody waits any more."""
@@ -5684,8 +5669,6 @@ class Worker(Loop):
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
         """An answer of the server's own."""
-        if x.body is not None and not x.body.is_done():
-            x.ending = CLOSE
         x.lines = None
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
         self.send_list(x, [body], monotonic(), me)
@@ -5751,7 +5734,7 @@ class Worker(Loop):
                 f'{environ["SERVER_PROTOCOL"]}" {x.status[:3]} {x.sent or "-"} '
                 f'"{printable(environ.get("HTTP_REFERER", "-"))}" '
                 f'"{printable(environ.get("HTTP_USER_AGENT", "-"))}"')
-        if self.settings.access_log:
+        if self.logs:
             self.log_lines.append(line)
         if self.access_log.handlers:
             self.access_log.info(line, extra={
@@ -5820,10 +5803,8 @@ def free_descriptors() -> int:
 @lru_cache(maxsize=1)
 def log_time(second: int) -> str:
     """"10/Oct/2000:13:55:36 -0700"."""
-    t = time.localtime(second)
-    zone = t.tm_gmtoff // 60
-    return (f"{t[2]:02d}/{MONTHS[t[1] - 1]}/{t[0]}:{t[3]:02d}:{t[4]:02d}:{t[5]:02d} "
-            f"{'-' if zone < 0 else '+'}{abs(zone) // 60:02d}{abs(zone) % 60:02d}")
+    when = time.localtime(second)
+    return time.strftime(f"%d/{MONTHS[when.tm_mon - 1]}/%Y:%H:%M:%S %z", when)
 
 
 def write_to(stream: Any, text: str = "") -> None:
