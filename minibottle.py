@@ -1531,7 +1531,7 @@ class kept(property):
         if self.key in environ:
             return environ[self.key]
         if view is request:
-            view = FoundRequest(environ)
+            view = Request(environ)  # so that the context is asked once
         try:
             value = environ[self.key] = self.fget(view)  # type: ignore[misc]
         except BadRequest as error:  # 400 or 413
@@ -1760,9 +1760,7 @@ class Request:
     def _read_body(self) -> bytes:
         """The whole body in memory."""
         limit = self._limits().max_form_memory
-        body = self._body
-        body.seek(0)
-        data: bytes = body.read(limit + 1)
+        data = self.body.read(limit + 1)
         if len(data) > limit:
             raise BadRequest(f"body over {limit} bytes (max_form_memory)", 413)
         return data
@@ -1882,13 +1880,6 @@ class LocalRequest(Request):
     environ = property(find_environ, bind)
 
 
-class FoundRequest(LocalRequest):
-    """The same for what works out an attribute, so that the context is asked once."""
-
-    __slots__ = ("environ",)
-    __init__ = Request.__init__
-
-
 class Response:
     """What will be sent: status, headers, cookies, body.
 
@@ -1909,12 +1900,9 @@ class Response:
         self._headers = HeaderDict()
         self._cookies: Dict[str, str] = {}
         self.status = status or self.default_status
-        if headers:
-            if hasattr(headers, "items"):
-                headers = getattr(headers, "allitems", headers.items)()
-            for name, value in headers:
-                self._headers.append(name, value)
-        for name, value in more_headers.items():
+        if hasattr(headers, "items"):
+            headers = getattr(headers, "allitems", headers.items)()
+        for name, value in chain(headers or (), more_headers.items()):
             self._headers.append(name, value)
 
     def __repr__(self) -> str:
@@ -1970,13 +1958,11 @@ class Response:
     @property
     def headerlist(self) -> List[Tuple[str, str]]:
         """[(name, value), …] as WSGI wants it, with the default content type and the cookies."""
+        fields, bad = self._headers.dict, self.bad_headers.get(self._status_code, ())
+        if "Content-Type" not in fields:
+            fields = {**fields, "Content-Type": [self.default_content_type]}
         pairs = [(name, value if value.isascii() else text_to_wsgi(value))
-                 for name, values in self._headers.dict.items() for value in values]
-        if "Content-Type" not in self._headers.dict:
-            pairs.append(("Content-Type", self.default_content_type))
-        if self._status_code in self.bad_headers:
-            bad = self.bad_headers[self._status_code]
-            pairs = [(name, value) for name, value in pairs if name not in bad]
+                 for name, values in fields.items() if name not in bad for value in values]
         return pairs + [("Set-Cookie", line) for line in self._cookies.values()]
 
     content_type = header_property("Content-Type")
@@ -2024,9 +2010,7 @@ class Response:
         An error has a body of its own, so what described the old one goes (RFC 9110 8).
         """
         if other.status_code >= 400 and isinstance(other, HTTPError):
-            for name in list(self._headers):
-                if name in OF_THE_BODY:
-                    del self._headers[name]
+            self._headers.filter(OF_THE_BODY)
         self.status = other.status_line
         for name, values in other._headers.dict.items():
             kept = self._headers.getall(name) if name == "Vary" else []
@@ -4767,6 +4751,7 @@ class Loop:
 
 TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
 RECV_BYTES = 1 << 16
+SEND_BYTES = 1 << 10           # a socket that takes any takes so many at once
 SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
 MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
@@ -5178,8 +5163,6 @@ class Worker(Loop):
             x.plan.took(now - began)
         if error is not None:
             return self.on_error(x, error, me)
-        if x.body is not None and type(result) is not Pending and not x.body.is_done():
-            x.ending = CLOSE
         if type(result) is list and x.lines is not None and not x.head_sent:
             return self.send_list(x, result, now, me)
         self.respond(x, result, me)
@@ -5197,7 +5180,7 @@ class Worker(Loop):
         size = len(body)
         if size >= self.gzip_min or x.bodiless or x.length is not None and x.length != size:
             return self.send_whole(x, body, me)
-        if self.draining:
+        if self.draining or x.body is not None and not x.body.is_done():
             x.ending = CLOSE
         lines = x.lines
         prefix = self.prefixes.get(x.status) if now < self.date_at and not x.ours else None
@@ -5234,7 +5217,7 @@ class Worker(Loop):
             extra = format_length(x.length)
         elif not x.bodiless:  # its end is the end of the connection
             x.ending = CLOSE
-        if self.draining:
+        if self.draining or x.body is not None and not x.body.is_done():
             x.ending = CLOSE
         x.head_sent = True
         return self.make_prefix(x, monotonic()) + b"".join(x.lines) + extra + x.ending
@@ -5349,7 +5332,7 @@ class Worker(Loop):
         except OSError:
             pass
         self.close(c)
-        if x.head_sent and (self.logs or self.access_log.handlers):
+        if x.head_sent:
             self.log_access(x)
         me.exchange = None
         self.release(x, me)
@@ -5375,9 +5358,9 @@ class Worker(Loop):
 
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
-        x.result = result
         if type(result) in (Pending, AsyncBody):
             return bridge.spawn(result.context, self.respond_async(x, result))
+        x.result = result
         try:
             x.iterator = self.user(me, iter, result)
             if x.lines is None:  # a generator may call start_response when it is first pulled
@@ -5495,14 +5478,12 @@ class Worker(Loop):
     async def respond_async(self, x: Exchange, result: Any) -> None:
         """See a request to its end whose application awaits, or streams from asyncio. Meanwhile no
         thread has it."""
-        me, x.result = self.aside, None
+        me = self.aside
         if x.plan.cancel:
             self.cancel_at_end(x)
         try:
             if type(result) is Pending:
                 result = await result
-                if x.body is not None and not x.body.is_done():
-                    x.ending = CLOSE
                 if type(result) is list:
                     return self.send_list(x, result, monotonic(), me)
             if is_event_stream(x.headers):
@@ -5521,36 +5502,31 @@ class Worker(Loop):
         step: Callable = bytes
         end: Callable = bytes
         try:
-            if x.bodiless:
-                return self.send_whole(x, b"", self.aside)
             if self.negotiate(x, length):
                 step, end = gzip_coder(self.settings.gzip_level)
             else:
                 x.length = length
-            async for piece in body:
-                if piece and not await self.transmit_async(x, self.frame(x, step(piece))):
-                    return self.abort(x, self.aside)
+            if not x.bodiless:
+                async for piece in body:
+                    if piece:
+                        await self.transmit_async(x, self.frame(x, step(piece)))
         finally:
             await body.aclose()
         self.send_last(x, end(), self.aside)
 
-    async def transmit_async(self, x: Exchange, data: bytes) -> bool:
-        """transmit(), without a thread."""
+    async def transmit_async(self, x: Exchange, data: bytes) -> None:
+        """transmit(), without a thread. Raises ClientGone."""
         sock, view = x.connection.sock, memoryview(data)
         try:
             while view:
                 try:
                     view = view[sock.send(view):]
-                except (BlockingIOError, InterruptedError):
-                    ready = bridge.asyncio.Event()
-                    bridge.loop.add_writer(sock, ready.set)
-                    try:
-                        await bridge.asyncio.wait_for(ready.wait(), self.settings.write_timeout)
-                    finally:
-                        bridge.loop.remove_writer(sock)
+                except (BlockingIOError, InterruptedError):  # a little of it waits for its room
+                    step = bridge.loop.sock_sendall(sock, view[:SEND_BYTES])
+                    await bridge.asyncio.wait_for(step, self.settings.write_timeout)
+                    view = view[SEND_BYTES:]
         except (OSError, bridge.asyncio.TimeoutError):
-            return False
-        return True
+            raise ClientGone("while the answer was sent") from None
 
     def cancel_at_end(self, x: Exchange) -> None:
         """Have this task cancelled when the client closes its side; it may have done so."""
@@ -5583,8 +5559,6 @@ class Worker(Loop):
     def answer(self, x: Exchange, me: Hand, status: str, body: bytes,
                headers: Optional[list] = None) -> None:
         """An answer of the server's own."""
-        if x.body is not None and not x.body.is_done():
-            x.ending = CLOSE
         x.lines = None
         x.start_response(status, headers or [("Content-Type", "text/plain; charset=utf-8")])
         self.send_list(x, [body], monotonic(), me)
@@ -5650,7 +5624,7 @@ class Worker(Loop):
                 f'{environ["SERVER_PROTOCOL"]}" {x.status[:3]} {x.sent or "-"} '
                 f'"{printable(environ.get("HTTP_REFERER", "-"))}" '
                 f'"{printable(environ.get("HTTP_USER_AGENT", "-"))}"')
-        if self.settings.access_log:
+        if self.logs:
             self.log_lines.append(line)
         if self.access_log.handlers:
             self.access_log.info(line, extra={
@@ -5724,10 +5698,8 @@ def free_descriptors() -> int:
 @lru_cache(maxsize=1)
 def log_time(second: int) -> str:
     """"10/Oct/2000:13:55:36 -0700"."""
-    t = time.localtime(second)
-    zone = t.tm_gmtoff // 60
-    return (f"{t[2]:02d}/{MONTHS[t[1] - 1]}/{t[0]}:{t[3]:02d}:{t[4]:02d}:{t[5]:02d} "
-            f"{'-' if zone < 0 else '+'}{abs(zone) // 60:02d}{abs(zone) % 60:02d}")
+    when = time.localtime(second)
+    return time.strftime(f"%d/{MONTHS[when.tm_mon - 1]}/%Y:%H:%M:%S %z", when)
 
 
 def write_to(stream: Any, text: str = "") -> None:
