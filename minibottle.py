@@ -1531,7 +1531,7 @@ class kept(property):
         if self.key in environ:
             return environ[self.key]
         if view is request:
-            view = Request(environ)  # so that the context is asked once
+            view = FoundRequest(environ)
         try:
             value = environ[self.key] = self.fget(view)  # type: ignore[misc]
         except BadRequest as error:  # 400 or 413
@@ -1878,6 +1878,13 @@ class LocalRequest(Request):
     __init__ = bind
 
     environ = property(find_environ, bind)
+
+
+class FoundRequest(LocalRequest):
+    """The same for what works out an attribute, so that the context is asked once."""
+
+    __slots__ = ("environ",)
+    __init__ = Request.__init__
 
 
 class Response:
