@@ -47,6 +47,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import stat
 import statistics
 import struct
@@ -71,6 +72,7 @@ from wsgiref.util import FileWrapper
 from wsgiref.validate import WSGIWarning, validator
 
 import minibottle
+from examples import client as fetching
 from examples.events import event_stream
 from minibottle import (
     App, BadRequest, FileUpload, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError,
@@ -8679,11 +8681,13 @@ class CommandOnPoorSystemTest(PooledTest):
 
 EXAMPLES = {        # module: expression that gives the WSGI application
     "hello": lambda module: module.app,
+    "aggregate": lambda module: module.app,
     "example_bottle": lambda module: module.Service(),
     "example_flask": lambda module: module.app,
     "example_tornado": lambda module: module.make_app(),
     "events": lambda module: module.app,
 }
+VENDORED = {"client": 750, "events": 125}       # files to lay beside minibottle.py: lines
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -8707,10 +8711,10 @@ class ExampleFilesTest(unittest.TestCase):
     def test_every_example_is_listed_and_short(self):
         directory = os.path.join(ROOT, "examples")
         names = {name[:-3] for name in os.listdir(directory) if name.endswith(".py")}
-        self.assertEqual(names, set(EXAMPLES))
+        self.assertEqual(names, {*EXAMPLES, *VENDORED})
         for name in names:
             with self.subTest(example=name), open(os.path.join(directory, name + ".py")) as file:
-                self.assertLessEqual(len(file.readlines()), 125 if name == "events" else 40)
+                self.assertLessEqual(len(file.readlines()), VENDORED.get(name, 40))
 
     def test_the_flask_example_does_not_know_minibottle(self):
         with open(os.path.join(ROOT, "examples", "example_flask.py")) as file:
@@ -9090,7 +9094,898 @@ class CommandExamplesTest(PooledTest):
                 self.assertEqual(server.stop(), 0, server.said())
 
 
-# === 18. Layout ===============================================================
+# === 18. HTTP client ==========================================================
+
+CLOSE = None                   # after the answer before it
+DROP = b"no answer, but the end"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def moved(status, location):
+    return f"HTTP/1.1 {status} X\r\nLocation: {location}\r\nContent-Length: 2\r\n\r\nno".encode()
+
+
+def packed(body, coding="gzip"):
+    head = "HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: %d\r\n\r\n"
+    return (head % (coding, len(body))).encode() + body
+
+
+class RawServer:
+    """Answers each request with the next of these bytes; CLOSE, DROP: an end; then silence.
+
+    It keeps what it was sent, and counts the connections that are open.
+    """
+
+    def __init__(self, *answers, drip=False, **options):
+        self.answers = list(answers)
+        self.drip = drip                # byte by byte
+        self.options = options          # of asyncio's server
+        self.requests = []
+        self.writers = []
+        self.opened = self.open = 0
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, **self.options)
+        self.port = self.server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    async def __aexit__(self, *exc_info):
+        self.server.close()
+        await self.until_closed()
+
+    async def until_closed(self):
+        while self.open:
+            await asyncio.sleep(0.001)
+
+    async def serve(self, reader, writer):
+        self.writers.append(writer)
+        self.opened += 1
+        self.open += 1
+        try:
+            while await self.serve_one(reader, writer):
+                pass
+        except (OSError, EOFError):
+            pass
+        finally:
+            writer.close()
+            self.open -= 1
+
+    async def serve_one(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        body = await reader.readexactly(int(length[1])) if length else b""
+        if b"chunked" in head:
+            body = await reader.readuntil(b"0\r\n\r\n")
+        self.requests.append((head + body).decode())
+        answer = self.answers.pop(0) if self.answers else b""
+        if answer is DROP:
+            return False
+        for byte in answer if self.drip else ():
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+            if writer.is_closing():
+                return False
+        writer.write(b"" if self.drip else answer)
+        await writer.drain()
+        if self.answers[:1] == [CLOSE]:
+            self.answers.pop(0)
+            return False
+        return True
+
+
+class ClientTest(unittest.IsolatedAsyncioTestCase):
+
+    async def asyncSetUp(self):
+        asyncio.get_running_loop().set_debug(False)     # it doubles the time
+
+    def client(self, **options):
+        return fetching.Client(**{"proxies": {}, "timeout": TIMEOUT, **options})
+
+    async def ask(self, *answers, path="/", drip=False, **options):
+        """What these answers are to one fetch: an Answer or a ClientError; and the requests."""
+        async with RawServer(*answers, drip=drip) as server, self.client() as asker:
+            try:
+                found = await asker.fetch(server.url + path, **options)
+            except fetching.ClientError as error:
+                found = error
+        return found, server.requests
+
+
+class ClientFramingTest(ClientTest):
+    """RFC 9112 4, 6 and 7, RFC 9110 15.2."""
+
+    async def test_the_body_ends_where_it_ends(self):
+        for answer, method, status, body in (
+                (OK, "GET", 200, b"ok"),
+                (b"HTTP/1.1 200\r\nContent-Length:2\r\n\r\nok", "GET", 200, b"ok"),
+                (b"HTTP/1.1 200 \r\ncontent-length:  2  \r\nX_A: 1\r\n\r\nok", "GET", 200, b"ok"),
+                (IN_CHUNKS + b"3;a=b\r\nabc\r\n1\r\nd\r\n0\r\nX-T: 1\r\n\r\n", "GET", 200, b"abcd"),
+                (b"HTTP/1.1 404 No\r\n\r\nto the end", "GET", 404, b"to the end"),
+                (b"HTTP/1.0 200 OK\r\n\r\n", "GET", 200, b""),
+                (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "POST", 200, b""),
+                (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", "HEAD", 200, b""),
+                (IN_CHUNKS, "HEAD", 200, b""),
+                (b"HTTP/1.1 204 No\r\nContent-Length: 99\r\n\r\n", "GET", 204, b""),
+                (b"HTTP/1.1 304 No\r\nContent-Length: 99\r\n\r\n", "GET", 304, b""),
+                (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nLink: a\r\n\r\n" + OK,
+                 "GET", 200, b"ok")):
+            for drip in (False, True):
+                with self.subTest(answer=answer, method=method, drip=drip):
+                    found, _ = await self.ask(answer, CLOSE, method=method, drip=drip)
+                    self.assertEqual((found.status_code, found.body), (status, body))
+
+    async def test_an_answer_that_two_could_read_in_two_ways_is_an_error(self):
+        head = b"HTTP/1.1 200 OK\r\n"
+        for answer, message in (
+                (head + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n", "both"),
+                (head + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nok", "more than one"),
+                (head + b"Content-Length: +2\r\n\r\nok", "bad Content-Length"),
+                (head + b"Content-Length: 2, 2\r\n\r\nok", "bad Content-Length"),
+                (head + b"Content-Length:\r\n\r\nok", "bad Content-Length"),
+                (head + b"Transfer-Encoding: gzip, chunked\r\n\r\n", "only chunked"),
+                (head + b"Transfer-Encoding: identity\r\n\r\n", "does not end in chunked"),
+                (b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "HTTP/1.0"),
+                (head + b"A: 1\r\n B: 2\r\n\r\n", "folding"),
+                (head + b"A : 1\r\n\r\n", "white space before the colon"),
+                (head + b"A: \0\r\n\r\n", "control character"),
+                (head + b"A: 1\nB: 2\r\n\r\n", "control character"),
+                (head + b"nonsense\r\n\r\n", "no colon"),
+                (b"HTTP/1.1 200 OK\nA: 1\n\n", "no HTTP answer"),
+                (b"HTTP/2 200 OK\r\n\r\n", "bad status line"),
+                (b"SSH-2.0-OpenSSH\r\n", "no HTTP answer"),
+                (b"\r\n" + OK, "bad status line"),
+                (b"HTTP/1.1 20 OK\r\n\r\n", "bad status line"),
+                (b"HTTP/1.1  200 OK\r\n\r\n", "bad status line"),
+                (b"HTTP/1.1 200 O\0K\r\n\r\n", "bad status line"),
+                (head + b"A: " + bytes(65536), "head over 65536 bytes"),
+                (b"HTTP/1.1 100 C\r\n\r\n" * 11 + OK, "over 10 interim answers"),
+                (IN_CHUNKS + b"+1\r\na\r\n0\r\n\r\n", "bad chunk size"),
+                (IN_CHUNKS + b"1\r\nabc\r\n0\r\n\r\n", "chunk without its CRLF"),
+                (IN_CHUNKS + b"0\r\nContent-Length: 2\r\n\r\n", "in a trailer")):
+            with self.subTest(answer=answer[:60]):
+                found, _ = await self.ask(answer, CLOSE)
+                self.assertIsInstance(found, fetching.ClientError)
+                self.assertIn(message, str(found))
+
+    async def test_an_answer_that_breaks_off_is_an_error(self):
+        gzipped = packed(gzip.compress(b"x" * 1000))
+        for whole in (OK, IN_CHUNKS + b"3\r\nabc\r\n0\r\n\r\n", gzipped):
+            for cut in range(0, len(whole), 1 if LONG else 3):
+                found, _ = await self.ask(whole[:cut], CLOSE)
+                self.assertIsInstance(found, fetching.ClientError, whole[:cut])
+                self.assertIn(found.phase, ("head", "body"))
+        found, _ = await self.ask(gzipped[:-9].replace(b"Content-Length", b"X-Length"), CLOSE)
+        self.assertIn("breaks off", str(found))
+
+    async def test_headers_are_text_without_case_and_names_with_an_underscore_are_dropped(self):
+        found, _ = await self.ask("HTTP/1.1 200 OK\r\nSet-Cookie: a=1\r\nset-cookie: b=ö\r\n"
+                                  "X_A: 1\r\nContent_Length: 5\r\n\r\nö".encode(), CLOSE)
+        self.assertEqual(dict(found.headers.allitems()), {"Set-Cookie": "b=ö"})
+        self.assertEqual(found.headers.getall("set-COOKIE"), ["a=1", "b=ö"])
+        self.assertEqual((found.text, found.status), ("ö", "200 OK"))
+
+
+class ClientBodyTest(ClientTest):
+
+    async def test_gzip_and_deflate_are_inflated(self):
+        text = UNICODE.encode() * 4000
+        bare = zlib.compressobj(wbits=-15)
+        for coding, body in (("gzip", gzip.compress(text)), ("x-gzip", gzip.compress(text)),
+                             ("deflate", zlib.compress(text)),
+                             ("deflate", bare.compress(text) + bare.flush())):
+            for drip in (False, True):
+                with self.subTest(coding=coding, drip=drip):
+                    found, requests = await self.ask(packed(body, coding), drip=drip)
+                    self.assertEqual(found.body, text)
+                    self.assertEqual(list(found.headers), [])
+                    self.assertIn("\r\nAccept-Encoding: gzip, deflate\r\n", requests[0])
+
+    async def test_a_bomb_does_not_go_off(self):
+        bomb = packed(gzip.compress(bytes(16 << 20), 1))
+        async with RawServer(bomb) as server, self.client() as asker:
+            async with asker.stream("GET", server.url, max_body=1 << 20) as answer:
+                sizes = []
+                with self.assertRaisesRegex(fetching.ClientError, r"1048576 bytes \(max_body\)"):
+                    async for piece in answer:
+                        sizes.append(len(piece))
+        self.assertLessEqual(max(sizes), 65536)
+        self.assertLessEqual(sum(sizes), 1 << 20)
+
+    async def test_a_body_over_max_body_is_an_error_that_names_it(self):
+        for answer in (b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n" + bytes(11),
+                       IN_CHUNKS + b"b\r\n" + bytes(11) + b"\r\n0\r\n\r\n",
+                       b"HTTP/1.1 200 OK\r\n\r\n" + bytes(11), packed(gzip.compress(bytes(11)))):
+            for most in (10, 11):
+                if answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Encoding") and most == 11:
+                    continue    # smaller inflated than it comes
+                with self.subTest(answer=answer[:40], most=most):
+                    found, _ = await self.ask(answer, CLOSE, max_body=most)
+                    if most == 11:
+                        self.assertEqual(found.body, bytes(11))
+                    else:
+                        self.assertRegex(str(found), r"\(max_body\) \(phase: (head|body)\)")
+
+    async def test_a_compressed_body_that_is_none_is_an_error(self):
+        good = gzip.compress(b"a")
+        for body in (b"nonsense", good + b"more", good[:-4] + bytes(4)):
+            with self.subTest(body=body):
+                found, _ = await self.ask(packed(body))
+                self.assertIsInstance(found, fetching.ClientError)
+                self.assertEqual(found.phase, "body")
+
+    async def test_a_stream_is_read_no_faster_than_it_is_taken(self):
+        sent = 0
+
+        async def serve(reader, writer):
+            nonlocal sent
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            with contextlib.suppress(OSError):
+                while True:
+                    writer.write(bytes(65536))
+                    await writer.drain()
+                    sent += 65536
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = "http://127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
+        async with self.client(max_body=1 << 40) as asker:
+            async with asker.stream("GET", url) as answer:
+                before = -1
+                while sent != before:   # until it stands still
+                    before = sent
+                    await asyncio.sleep(0.05 * SLOW)
+                self.assertLess(sent, 16 << 20)
+                async for _ in answer:
+                    if sent > before + (1 << 20):
+                        break
+            self.assertFalse(asker.conns and next(iter(asker.conns)).is_fresh())
+        server.close()
+
+    async def test_bodies_go_out_as_they_are_given(self):
+        async def pieces():
+            yield b"ab"
+            yield b""
+            yield b"c"
+        in_chunks = "Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n"
+        for options, expected in (
+                (dict(body=b"abc"), "Content-Length: 3\r\n\r\nabc"),
+                (dict(body="ö"), "Content-Length: 2\r\n\r\nö"),
+                (dict(), "Content-Length: 0\r\n\r\n"),
+                (dict(body=pieces()), in_chunks),
+                (dict(body=[b"ab", b"c"]), in_chunks),
+                (dict(body=io.BytesIO(b"abc")),
+                 "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
+                (dict(json={"a": "ö"}), 'Content-Type: application/json\r\n'
+                                        'Content-Length: 15\r\n\r\n{"a": "\\u00f6"}'),
+                (dict(form={"a": "x y"}), "Content-Type: application/x-www-form-urlencoded\r\n"
+                                          "Content-Length: 5\r\n\r\na=x+y")):
+            with self.subTest(options=options):
+                found, requests = await self.ask(OK, method="POST", **options)
+                self.assertEqual(found.body, b"ok")
+                self.assertTrue(requests[0].endswith(expected), requests[0])
+
+    async def test_an_answer_in_the_middle_of_the_body_ends_the_sending(self):
+        async def endless():
+            while True:
+                yield bytes(65536)
+        with Server(reply([b"no"], status="413 Content Too Large"), port=0, max_body=100) as server:
+            async with self.client() as asker:
+                found = await asker.fetch(server.url, "POST", body=endless())
+                self.assertEqual((found.status_code, asker.conns), (413, set()))
+
+
+class ClientRequestTest(ClientTest):
+
+    async def test_a_request_is_what_it_was_asked_to_be(self):
+        found, requests = await self.ask(
+            OK, path="/ö/%20?q=ä#fragment", method="QUERY", headers=[("X-A", "ö"), ("x-a", 2)])
+        port = found.url.split(":")[2].split("/")[0]
+        self.assertEqual(requests, [
+            f"QUERY /%C3%B6/%20?q=%C3%A4 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-A: ö\r\nX-A: 2\r\n"
+            f"User-Agent: minibottle/{minibottle.__version__}\r\nAccept: */*\r\n"
+            "Accept-Encoding: gzip, deflate\r\n\r\n"])
+
+    async def test_own_headers_beat_the_defaults(self):
+        _, requests = await self.ask(OK, headers={
+            "host": "a.b", "user-agent": "me", "Accept": "x/y", "Accept-Encoding": "identity"})
+        self.assertEqual(requests, ["GET / HTTP/1.1\r\nHost: a.b\r\nUser-Agent: me\r\n"
+                                    "Accept: x/y\r\nAccept-Encoding: identity\r\n\r\n"])
+
+    async def test_a_url_says_where(self):
+        for url, origin, authority, target in (
+                ("http://a.B", ("http", "a.b", 80), "a.b", "/"),
+                ("https://a.b:443?q", ("https", "a.b", 443), "a.b", "/?q"),
+                ("HTTP://a.b:81/x?y#z", ("http", "a.b", 81), "a.b:81", "/x?y"),
+                ("http://a.b:/", ("http", "a.b", 80), "a.b", "/"),
+                ("http://[::1]:81/", ("http", "::1", 81), "[::1]:81", "/"),
+                ("http://bücher.example/ß", ("http", "xn--bcher-kva.example", 80),
+                 "xn--bcher-kva.example", "/%C3%9F"),
+                ('http://a/"<>\\^`{|}', ("http", "a", 80), "a", "/%22%3C%3E%5C%5E%60%7B%7C%7D")):
+            with self.subTest(url=url):
+                self.assertEqual(fetching.parse_url(url)[:3], (origin, authority, target))
+
+    async def test_what_could_be_another_request_is_refused_before_a_byte_is_sent(self):
+        async with RawServer(OK) as server, self.client() as asker:
+            url = server.url
+            for args, options in [
+                    ((url + "/" + bad,), {}) for bad in BREAKS + [" ", "a b", "\t"]] + [
+                    ((url, "GET" + bad), {}) for bad in BREAKS + [" ", "ö", ":"]] + [
+                    ((url,), {"headers": {"X-A": "1" + bad}}) for bad in BREAKS] + [
+                    ((url,), {"headers": {"X-A" + bad: "1"}}) for bad in BREAKS + [" ", ":"]] + [
+                    ((url,), {"headers": {name: "5"}}) for name in (
+                        "Content-Length", "transfer_encoding", "Connection", "Upgrade", "")] + [
+                    ((url, "CONNECT"), {}), ((url, ""), {})] + [
+                    ((bad,), {}) for bad in (
+                        "", "/path", "127.0.0.1", "ftp://a/", "file:///etc/passwd", "http://",
+                        "http:///a", "http://:80/", "http://a:99999/", "http://a:0/", "http://a:b/",
+                        "http://a b/", "http://a\\@b/", "http://[::1/", "http://a\u2100b/",
+                        "//a/", "http://a%0d%0a/", "http:a")]:
+                if args == (url + "/",):
+                    continue
+                with self.subTest(args=args, options=options), self.assertRaises(ValueError):
+                    await asker.fetch(*args, **options)
+            for options in ({"json": 1, "form": {}}, {"json": 1, "body": b"a"}, {"tmeout": 1},
+                            {"json": object()}, {"body": 5}):
+                with self.subTest(options=options), self.assertRaises(TypeError):
+                    await asker.fetch(url, "POST", **options)
+            self.assertEqual(server.opened, 0)
+
+    async def test_basic_auth_comes_from_the_url_or_the_argument(self):
+        for user, auth, expected in (("A:%62@", None, "Basic QTpi"), ("", ("A", "b"), "Basic QTpi"),
+                                     ("x:y@", ("A", "b"), "Basic QTpi"),
+                                     ("ö@", None, "Basic w7Y6")):
+            async with RawServer(OK, CLOSE) as server, self.client() as asker:
+                with self.subTest(user=user, auth=auth):
+                    found = await asker.fetch(server.url.replace("//", "//" + user), auth=auth)
+                    self.assertIn(f"\r\nAuthorization: {expected}\r\n", server.requests[0])
+                    self.assertEqual(found.url, server.url)
+                    for url in ("http://me:secret@127.0.0.1:1/", "http://me:secret@a\u2100b/",
+                                "http://me:secret@a b/", "ftp://me:secret@a/"):
+                        with self.assertRaises((fetching.ClientError, ValueError)) as caught:
+                            await asker.fetch(url)
+                        self.assertNotIn("secret", str(caught.exception))
+
+
+class ClientRedirectTest(ClientTest):
+    """RFC 9110 15.4."""
+
+    async def test_the_method_and_the_body_change_as_browsers_have_it(self):
+        for status, method, expected in (
+                (301, "GET", "GET"), (302, "POST", "GET"), (301, "POST", "GET"),
+                (303, "PUT", "GET"), (303, "POST", "GET"), (303, "HEAD", "HEAD"),
+                (302, "PUT", "PUT"),
+                (307, "POST", "POST"), (308, "PUT", "PUT"), (301, "HEAD", "HEAD")):
+            with self.subTest(status=status, method=method):
+                body = b"" if method in ("GET", "HEAD") else b"abc"
+                found, requests = await self.ask(
+                    moved(status, "/new?a=ö b"), OK, method=method, body=body,
+                    headers={"Content-Type": "a/b", "X-A": "1"})
+                self.assertEqual(found.status_code, 200)
+                self.assertTrue(found.url.endswith("/new?a=%C3%B6%20b"))
+                self.assertEqual(requests[1].split("\r\n")[0],
+                                 expected + " /new?a=%C3%B6%20b HTTP/1.1")
+                self.assertEqual(requests[1].endswith("abc"), bool(body) and expected == method)
+                self.assertEqual("Content-Type" in requests[1], expected == method)
+                self.assertIn("X-A: 1", requests[1])
+
+    async def test_credentials_stay_with_their_origin(self):
+        secret = {"Authorization": "Basic QTpi", "Cookie": "a=1", "Proxy-Authorization": "x",
+                  "Host": "a.b", "X-A": "kept"}
+        async with RawServer() as first, RawServer() as second, self.client() as asker:
+            for answer, there in ((moved(302, "/new"), first), (moved(302, second.url), second),
+                                  (moved(307, second.url.replace("//", "//u:p@")), second),
+                                  (moved(302, second.url.replace("http:", "")), second)):
+                first.answers, second.answers = [answer, OK], [OK]
+                with self.subTest(answer=answer):
+                    await asker.fetch(first.url, headers=secret)
+                    for name in secret:
+                        line = f"\r\n{name}: {secret[name]}\r\n"
+                        self.assertEqual(line in there.requests[-1],
+                                         there is first or name == "X-A", name)
+                    self.assertEqual("Authorization" in there.requests[-1], there is first)
+                    first.answers.clear()
+        for url, expected in (
+                ("http://a.b/", True), ("https://a.b/", False), ("http://c.b/", False),
+                ("http://a.b:81/", False), ("http://A.b:80/x", True)):
+            message = fetching.Message("GET", "http://a.b/", secret, b"", None, None, None)
+            message.redirect(302, url)
+            with self.subTest(url=url):
+                self.assertEqual("Cookie" in message.headers, expected)
+
+    async def test_one_that_leads_nowhere_is_an_error_and_none_may_be_followed(self):
+        for answers, options, message in (
+                ([moved(302, "/again")] * 6, {}, "over 5 redirects (redirects)"),
+                ([moved(302, "/again")] * 2, {"redirects": 1}, "over 1 redirects (redirects)"),
+                ([moved(302, "ftp://a/")], {}, "not an http:// or https:// URL"),
+                ([moved(302, "http://a:99999/")], {}, "a redirect:"),
+                ([moved(307, "/")], {"method": "POST", "body": iter([b"a"])}, "is used up")):
+            with self.subTest(message=message):
+                found, requests = await self.ask(*answers, **options)
+                self.assertIsInstance(found, fetching.ClientError)
+                self.assertIn(message, str(found))
+                self.assertEqual(len(requests), len(answers))
+        for answer, options in ((moved(302, "/"), {"redirects": 0}), (moved(300, "/"), {}),
+                                (moved(304, "/")[:-2], {}), (moved(302, ""), {})):
+            found, requests = await self.ask(answer, CLOSE, **options)
+            self.assertEqual((found.status_code // 100, len(requests)), (3, 1))
+
+    async def test_it_uses_the_connection_again(self):
+        async with RawServer(moved(302, "/b"), moved(301, "/c"), OK) as server:
+            async with self.client() as asker:
+                await asker.fetch(server.url)
+                self.assertEqual((server.opened, len(server.requests)), (1, 3))
+
+
+class ClientTimeoutTest(ClientTest):
+    """One deadline from the call to the last byte; the error says how far it came."""
+
+    async def late(self, phase, url, asker=None, **options):
+        async with (asker or self.client()) as asker:
+            with self.assertRaises(fetching.ClientTimeout) as caught:
+                await asker.fetch(url, timeout=0.05, **options)
+            self.assertEqual(asker.conns, set())
+        self.assertEqual(caught.exception.phase, phase)
+        self.assertIn("over 0.05 s (timeout)", str(caught.exception))
+
+    async def test_the_error_names_the_phase(self):
+        async def never(*args, **options):
+            await asyncio.sleep(TIMEOUT)
+        endless = iter(lambda: bytes(65536), b"")
+        loop = asyncio.get_running_loop()
+        for phase, answers, options in (
+                ("head", (b"",), {}), ("head", (b"HTTP/1.1 200 OK\r\nA:",), {}),
+                ("body", (OK[:-1],), {}), ("body", (IN_CHUNKS,), {}),
+                ("body", (moved(302, "/"), OK[:-1]), {})):
+            with self.subTest(phase=phase, answers=answers):
+                async with RawServer(*answers) as server:
+                    await self.late(phase, server.url, **options)
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and that is all
+            url = "127.0.0.1:%d" % silent.getsockname()[1]
+            for phase, options in (("send", {"method": "POST", "body": endless}),
+                                   ("send", {"method": "POST", "body": bytes(16 << 20)})):
+                with self.subTest(phase=phase):
+                    await self.late(phase, "http://" + url, **options)
+            await self.late("TLS", "https://" + url)
+            with mock.patch.object(loop, "create_connection", never):
+                await self.late("connect", "http://" + url)
+            with mock.patch.object(loop, "getaddrinfo", never):
+                await self.late("resolve", "http://name.invalid")
+
+    async def test_time_in_the_queue_counts(self):
+        for limits in ({"max_per_host": 1}, {"max_total": 1}):
+            async with RawServer() as server, self.client(**limits) as asker:
+                first = asyncio.ensure_future(asker.fetch(server.url))
+                while not server.requests:
+                    await asyncio.sleep(0.001)
+                with self.assertRaises(fetching.ClientTimeout) as caught:
+                    await asker.fetch(server.url, timeout=0.05)
+                self.assertEqual(caught.exception.phase, "queue", limits)
+                first.cancel()
+
+    async def test_an_answer_that_comes_in_drops_does_not_move_the_deadline(self):
+        async with RawServer(IN_CHUNKS + b"1\r\na\r\n" * 20000, drip=True) as server:
+            await self.late("body", server.url)
+
+    async def test_what_fails_at_once_says_where(self):
+        for url, phase in (("http://127.0.0.1:1/", "connect"), ("http://name.invalid/", "resolve")):
+            async with self.client() as asker:
+                with self.assertRaises(fetching.ClientError) as caught:
+                    await asker.fetch(url)
+                self.assertEqual(caught.exception.phase, phase)
+                self.assertNotIsInstance(caught.exception, fetching.ClientTimeout)
+
+
+class ClientPoolTest(ClientTest):
+
+    async def test_a_thousand_requests_open_one_socket(self):
+        ports = set()
+
+        def app(environ, start_response):
+            ports.add(environ["REMOTE_PORT"])
+            return hello(environ, start_response)
+        with Server(app, port=0) as server:
+            async with self.client() as asker:
+                for _ in range(1000):
+                    self.assertEqual((await asker.fetch(server.url)).body, b"Hello World!")
+                self.assertEqual((len(ports), len(asker.conns)), (1, 1))
+
+    async def test_a_connection_is_kept_if_both_sides_can_tell_where_the_answer_ends(self):
+        for answer, kept in (
+                (OK, 1), (OK.replace(b"1.1", b"1.0"), 0), (OK + b"HTTP/1.1 408 X\r\n\r\n", 0),
+                (OK.replace(b"C", b"Connection: x, Close\r\nC"), 0),
+                (OK.replace(b"1.1", b"1.0").replace(b"C", b"connection: Keep-Alive\r\nC"), 1)):
+            async with RawServer(answer) as server, self.client() as asker:
+                with self.subTest(answer=answer):
+                    self.assertEqual((await asker.fetch(server.url)).body, b"ok")
+                    await asyncio.sleep(0)
+                    self.assertEqual(len(asker.conns), kept)
+
+    async def test_a_closed_connection_is_noticed_before_it_is_used(self):
+        for extra in (b"", b"HTTP/1.1 408 Request Timeout\r\n\r\n"):
+            async with RawServer(OK, OK) as server, self.client() as asker:
+                await asker.fetch(server.url)
+                sock = server.writers[0].get_extra_info("socket")
+                if extra:       # while the client's loop does not run
+                    os.write(sock.fileno(), extra)
+                else:
+                    sock.shutdown(socket.SHUT_WR)
+                with self.subTest(extra=extra):
+                    self.assertEqual((await asker.fetch(server.url, "POST")).body, b"ok")
+                    self.assertEqual((server.opened, len(server.requests)), (2, 2))
+
+    async def test_only_an_idempotent_request_is_sent_again_and_only_once(self):
+        for method, answers, opened, requests in (
+                ("GET", [OK, DROP, OK], 2, 3), ("PUT", [OK, DROP, OK], 2, 3),
+                ("POST", [OK, DROP, OK], 1, 2), ("PATCH", [OK, DROP, OK], 1, 2),
+                ("GET", [OK, DROP, DROP, OK], 2, 3), ("GET", [OK, b"HTTP/1.1 ", CLOSE, OK], 1, 2)):
+            async with RawServer(*answers) as server, self.client() as asker:
+                with self.subTest(method=method, answers=answers):
+                    await asker.fetch(server.url)
+                    try:
+                        found = (await asker.fetch(server.url, method)).body
+                    except fetching.ClientError:
+                        found = None
+                    self.assertEqual(found, b"ok" if answers[2:] == [OK] and opened == 2 else None)
+                    self.assertEqual((server.opened, len(server.requests)), (opened, requests))
+
+    async def test_no_more_connections_are_open_than_allowed(self):
+        running = most = 0
+
+        async def answer():
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.002)
+            running -= 1
+            return "ok"
+        with Server(app_of(answer), port=0) as one, Server(app_of(answer), port=0) as two:
+            for limits, expected in (({"max_per_host": 3}, 6), ({"max_total": 4}, 4),
+                                     ({"max_per_host": 3, "max_total": 4}, 4)):
+                async with self.client(**limits) as asker:
+                    most, seen = 0, []
+                    calls = [asker.fetch(server.url) for server in (one, two) * 15]
+                    for call in asyncio.as_completed(calls):
+                        self.assertEqual((await call).body, b"ok")
+                        seen.append(len(asker.conns))
+                    with self.subTest(limits=limits):
+                        self.assertLessEqual(most, expected)
+                        self.assertLessEqual(max(seen), expected)
+
+    async def test_an_idle_connection_is_closed_after_a_while_and_hosts_are_forgotten(self):
+        async with RawServer(OK) as server, self.client(keep_alive=0.02) as asker:
+            await asker.fetch(server.url)
+            self.assertEqual((server.open, len(asker.hosts)), (1, 1))
+            await server.until_closed()
+            gc.collect()
+            self.assertEqual((len(asker.conns), len(asker.hosts)), (0, 0))
+
+    async def test_cancelling_leaves_no_socket_and_no_slot_taken(self):
+        for answers in ((b"",), (b"HTTP/1.1 200 OK\r\nA:",), (OK[:-1],), (IN_CHUNKS,)):
+            async with RawServer(*answers) as server, self.client(max_per_host=1) as asker:
+                calls = [asyncio.ensure_future(asker.fetch(server.url)) for _ in range(3)]
+                while not server.requests:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.005)
+                for call in calls:
+                    call.cancel()
+                with self.subTest(answers=answers):
+                    for call in calls:
+                        with self.assertRaises(asyncio.CancelledError):
+                            await call
+                    await server.until_closed()
+                    self.assertEqual(asker.conns, set())
+                    server.answers = [OK]
+                    self.assertEqual((await asker.fetch(server.url)).body, b"ok")
+
+    async def test_whatever_happens_the_limits_hold_and_all_is_given_back(self):
+        dice, loop = random.Random(5), asyncio.get_running_loop()
+        one_of = (OK, OK, DROP, OK[:-1], IN_CHUNKS + b"2\r\nok\r\n0\r\n\r\n", IN_CHUNKS,
+                  moved(302, "/"), b"HTTP/1.1 204 No\r\n\r\n", b"nonsense")
+        async with RawServer(*dice.choices(one_of, k=1000)) as server:
+            async with self.client(max_per_host=5, max_total=4, keep_alive=0.005) as asker:
+                for _ in range(10):
+                    calls = [asyncio.ensure_future(asker.fetch(
+                        server.url, dice.choice(("GET", "POST")),
+                        timeout=dice.choice((0.001, 0.01, 0.02)))) for _ in range(30)]
+                    for call in calls[::3]:
+                        loop.call_later(dice.random() * 0.01, call.cancel)
+                    for found in await asyncio.gather(*calls, return_exceptions=True):
+                        if not isinstance(found, (fetching.ClientError, asyncio.CancelledError)):
+                            self.assertIn(found.status_code, (200, 204))
+                        self.assertLessEqual(len(asker.conns), 4)
+                server.answers = [OK]
+                calls = [asyncio.ensure_future(asker.fetch(server.url)) for _ in range(9)]
+                while len(server.answers) or len(asker.conns) < 4:
+                    await asyncio.sleep(0.001)      # so all four slots are there again
+                for call in calls:
+                    call.cancel()
+                await asyncio.wait(calls)
+            await server.until_closed()
+
+    async def test_a_stream_that_is_left_early_closes_its_connection(self):
+        async with RawServer(OK[:-1], OK) as server, self.client(max_per_host=1) as asker:
+            async with asker.stream("GET", server.url) as answer:
+                self.assertEqual(answer.status_code, 200)
+            await server.until_closed()
+            with self.assertRaisesRegex(fetching.ClientError, "closed before the end"):
+                await answer.read()
+            async with asker.stream("GET", server.url) as answer:
+                self.assertEqual([piece async for piece in answer], [b"ok"])
+            self.assertEqual((server.opened, len(asker.conns)), (2, 1))
+
+    async def test_a_closed_client_opens_nothing_and_ends_what_it_began(self):
+        async with RawServer() as server:
+            async with self.client(max_per_host=1) as asker:
+                calls = [asyncio.ensure_future(asker.fetch(server.url)) for _ in range(2)]
+                await asyncio.sleep(0)
+            calls.append(asker.fetch(server.url))
+            for found in await asyncio.gather(*calls, return_exceptions=True):
+                self.assertIsInstance(found, fetching.ClientError)
+            await server.until_closed()
+
+    def test_a_client_belongs_to_one_loop(self):
+        async def once():
+            with self.assertRaises(fetching.ClientError):
+                await asker.fetch("http://127.0.0.1:1/")
+        asker = self.client()
+        asyncio.run(once())
+        with self.assertRaisesRegex(RuntimeError, "the asyncio loop"):
+            asyncio.run(once())
+
+
+class ClientProxyTest(ClientTest):
+    """RFC 9112 3.2.2, RFC 9110 9.3.6; the environment's proxies as curl takes them."""
+
+    async def test_http_goes_to_the_proxy_with_the_whole_url(self):
+        async with RawServer(OK, OK) as proxy:
+            for proxies in ({"http": proxy.url.replace("//", "//A:b@")},
+                            {"http": proxy.url.replace("http://", "A:b@")}):
+                async with self.client(proxies=proxies) as asker:
+                    await asker.fetch("http://name.invalid:81/a?b")
+                    self.assertRegex(
+                        proxy.requests.pop(),
+                        r"GET http://name.invalid:81/a\?b HTTP/1.1\r\nHost: name.invalid:81\r\n"
+                        r"(.+\r\n)*Proxy-Authorization: Basic QTpi\r\n")
+
+    async def test_the_environment_names_it_and_what_goes_past_it(self):
+        async with RawServer(OK, CLOSE) as proxy, RawServer(OK, CLOSE) as server:
+            names = {"http_proxy": proxy.url, "no_proxy": "127.0.0.1,.own.example"}
+            with mock.patch.dict(os.environ, names):
+                async with self.client(proxies=None) as asker:
+                    await asker.fetch("http://own.invalid/")
+                    await asker.fetch(server.url)
+        self.assertEqual((len(proxy.requests), len(server.requests)), (1, 1))
+
+    async def test_https_goes_through_a_tunnel_or_not_at_all(self):
+        for answer in (b"HTTP/1.1 403 Forbidden\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\nTLS?"):
+            async with RawServer(answer, CLOSE) as proxy:
+                async with self.client(proxies={"https": proxy.url}) as asker:
+                    with self.assertRaises(fetching.ClientError) as caught:
+                        await asker.fetch("https://[::1]/", auth=("A", "b"))
+            self.assertEqual(caught.exception.phase, "connect")
+            self.assertEqual(proxy.requests, ["CONNECT [::1]:443 HTTP/1.1\r\n"
+                                              "Host: [::1]:443\r\n\r\n"])
+        async with self.client(proxies={"http": "socks5://a"}) as asker:
+            with self.assertRaisesRegex(ValueError, "not an http"):
+                await asker.fetch("http://a.invalid")
+
+
+@unittest.skipUnless(shutil.which("openssl"), "needs openssl")
+class ClientTlsTest(ClientTest):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cert, key = (os.path.join(FOLDER, name) for name in ("client.crt", "client.key"))
+        done = subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+             "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out",
+             cls.cert, "-days", "2", "-subj", "/CN=localhost", "-addext",
+             "subjectAltName=DNS:localhost"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise unittest.SkipTest("openssl makes no certificate: " + done.stdout.decode()[-200:])
+        cls.own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.own.load_cert_chain(cls.cert, key)
+        cls.trusting = ssl.create_default_context(cafile=cls.cert)
+
+    async def test_a_certificate_that_the_system_does_not_trust_is_refused(self):
+        async with RawServer(OK, ssl=self.own) as server:
+            for options, name in (({}, "localhost"), ({"ssl": self.trusting}, "127.0.0.1")):
+                async with self.client(**options) as asker:
+                    with self.subTest(name=name), self.assertRaises(fetching.ClientError) as caught:
+                        await asker.fetch(f"https://{name}:{server.port}/")
+                    self.assertEqual(caught.exception.phase, "TLS")
+                    self.assertIn("certificate", str(caught.exception))
+            self.assertEqual(server.requests, [])
+
+    async def test_one_that_is_trusted_is_used_again(self):
+        async with RawServer(OK, OK, packed(gzip.compress(bytes(1 << 20))), ssl=self.own) as server:
+            async with self.client(ssl=self.trusting) as asker:
+                url = f"https://localhost:{server.port}/"
+                self.assertEqual((await asker.fetch(url)).body, b"ok")
+                self.assertEqual((await asker.fetch(url, "POST", body=bytes(1 << 20))).body, b"ok")
+                self.assertEqual((await asker.fetch(url)).body, bytes(1 << 20))
+                self.assertEqual((server.opened, len(asker.conns)), (1, 1))
+
+    async def test_it_goes_through_a_tunnel(self):
+        async def pump(reader, writer):
+            with contextlib.suppress(OSError):
+                while not writer.is_closing():
+                    data = await reader.read(65536)
+                    if not data:
+                        break
+                    writer.write(data)
+            writer.close()
+
+        async def proxy(reader, writer):
+            heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            onward = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await asyncio.gather(pump(reader, onward[1]), pump(onward[0], writer))
+        heads = []
+        async with RawServer(OK, OK, ssl=self.own) as server:
+            listener = await asyncio.start_server(proxy, "127.0.0.1", 0)
+            where = "http://A:b@127.0.0.1:%d" % listener.sockets[0].getsockname()[1]
+            async with self.client(ssl=self.trusting, proxies={"https": where}) as asker:
+                for _ in range(2):
+                    answer = await asker.fetch("https://localhost/a", headers={"Cookie": "a=1"})
+                    self.assertEqual(answer.body, b"ok")
+            listener.close()
+        self.assertEqual(heads, ["CONNECT localhost:443 HTTP/1.1\r\nHost: localhost:443\r\n"
+                                 "Proxy-Authorization: Basic QTpi\r\n\r\n"])
+        self.assertTrue(server.requests[0].startswith("GET /a HTTP/1.1\r\nHost: localhost\r\n"))
+        self.assertNotIn("Proxy-", server.requests[0])
+
+
+class ClientInApplicationTest(unittest.TestCase):
+    """fetch() in handlers and scripts: on the loop of the worker, with its own pool."""
+
+    def setUp(self):
+        without = {name: value for name, value in os.environ.items()
+                   if not name.lower().endswith("_proxy")}
+        patch = mock.patch.dict(os.environ, without, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_functions_and_coroutines_fetch(self):
+        with Server(hello, port=0) as far:
+            async def wait():
+                return (await fetching.fetch(far.url)).text
+
+            def block():
+                return fetching.fetch_sync(far.url, timeout=TIMEOUT).text
+            for callback in (wait, block):
+                with Server(app_of(callback), port=0) as near:
+                    with self.subTest(callback=callback.__name__):
+                        self.assertEqual(fetch(near.url)[::2], (200, b"Hello World!"))
+                self.assertEqual(answer_of(callback).text, "Hello World!")
+            self.assertEqual(fetching.fetch_sync(far.url).status_code, 200)
+
+    def test_asyncio_itself_cannot_wait(self):
+        async def callback():
+            fetching.fetch_sync("http://127.0.0.1:1/")
+        with self.assertLogs("minibottle", "ERROR") as logs:
+            self.assertEqual(answer_of(callback).status_code, 500)
+        self.assertIn("await it", logs.output[0])
+
+    def test_the_connections_of_fetch_are_closed_with_their_loop(self):
+        async def twice():
+            await fetching.fetch(server.url)
+            await fetching.fetch(server.url)
+            asker, _ = fetching.shared[asyncio.get_running_loop()]
+            self.assertEqual(len(asker.conns), 1)
+            return asker
+        with Server(hello, port=0) as server:
+            before = len(fetching.shared)
+            self.assertEqual(asyncio.run(twice()).conns, set())
+            self.assertEqual(len(fetching.shared), before)
+
+    def test_the_aggregator_asks_its_services_at_once(self):
+        with Server(load_example("aggregate"), port=0) as server:
+            module = sys.modules["examples.aggregate"]
+            with mock.patch.dict(module.SERVICES, reviews=(0.2, "good")):
+                start = time.monotonic()
+                self.assertEqual(json.loads(fetch(server.url)[2].decode()),
+                                 {"stock": 7, "price": "1.10", "reviews": "good"})
+                self.assertLess(time.monotonic() - start, 0.45 * SLOW)
+
+
+class ClientServersTest(ClientTest):
+    """Servers of others."""
+
+    async def check(self, url):
+        async with self.client() as asker:
+            for _ in range(3):
+                self.assertEqual((await asker.fetch(url)).text, "Hello World!")
+            answer = await asker.fetch(url + "/api", "POST", headers={"Accept-Language": "fr"})
+            self.assertEqual(answer.json, {"language": "fr"})
+            answer = await asker.fetch(url + "/api", "POST", body=[b"a", b"b"])
+            self.assertEqual(answer.json, {"language": None})
+            self.assertEqual((await asker.fetch(url + "/none")).status_code, 404)
+            self.assertEqual((await asker.fetch(url, "HEAD")).body, b"")
+
+    async def test_ours(self):
+        with serve_builtin(load_example("example_tornado")) as url:
+            await self.check(url)
+
+    async def test_wsgiref(self):
+        with serve_wsgiref(reply([b"Hello World!"])) as url:
+            async with self.client() as asker:
+                self.assertEqual((await asker.fetch(url)).text, "Hello World!")
+
+    @needs("gunicorn")
+    async def test_gunicorn(self):
+        with serve_gunicorn("examples.example_tornado:make_app()") as url:
+            await self.check(url)
+
+    @needs("tornado")
+    async def test_tornado(self):
+        import tornado.web
+
+        class Index(tornado.web.RequestHandler):
+            def get(self):
+                self.write("Hello World!")
+
+            def head(self):
+                self.write("Hello World!")
+
+        class Api(tornado.web.RequestHandler):
+            def post(self):
+                self.write({"language": self.request.headers.get("Accept-Language")})
+        app = tornado.web.Application([("/", Index), ("/api", Api)], compress_response=True)
+        with self.assertLogs("tornado.access", "INFO"):
+            server = app.listen(0, "127.0.0.1")
+            port = next(iter(server._sockets.values())).getsockname()[1]
+            await self.check(f"http://127.0.0.1:{port}")
+            server.stop()
+            await server.close_all_connections()
+
+    @unittest.skipUnless(LONG and shutil.which("nginx"), "needs nginx and MINIBOTTLE_LONG=1")
+    async def test_nginx_in_front_of_ours(self):
+        with serve_builtin(load_example("example_tornado")) as behind, \
+                tempfile.TemporaryDirectory() as folder, socket.create_server(
+                    ("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            taken.close()
+            path = os.path.join(folder, "nginx.conf")
+            with open(path, "w") as file:
+                file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
+                for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
+                    file.write("%s_temp_path %s/%s; " % (what, folder, what))
+                file.write("access_log off; gzip on; gzip_types *; gzip_min_length 1; server { "
+                           "listen 127.0.0.1:%d; location / { proxy_pass %s; } } }"
+                           % (port, behind))
+            nginx = subprocess.Popen(["nginx", "-p", folder, "-c", path])
+            try:
+                wait_until(lambda: not is_refused(f"http://127.0.0.1:{port}"))
+                await self.check(f"http://127.0.0.1:{port}")
+            finally:
+                nginx.terminate()
+                nginx.wait(TIMEOUT)
+
+
+class ClientLayoutTest(unittest.TestCase):
+
+    with open(fetching.__file__, encoding="utf-8") as file:
+        text = file.read()
+
+    def test_it_needs_minibottle_and_the_standard_library_alone(self):
+        names = set()
+        for node in ast.walk(ast.parse(self.text)):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+        self.assertEqual(names, set((
+            "__future__ asyncio binascii collections.abc contextvars functools minibottle re "
+            "select socket ssl typing urllib.parse urllib.request weakref zlib").split()))
+
+    def test_its_functions_are_short(self):
+        for node in ast.walk(ast.parse(self.text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.assertLessEqual(node.end_lineno - node.body[0].lineno, 32, node.name)
+
+
+# === 19. Layout ===============================================================
 
 PROGRAM = SOURCE.decode("utf-8")
 BANNERS = [(PROGRAM.count("\n", 0, match.start()) + 1, int(match[1]), match[2])
@@ -9273,7 +10168,7 @@ class LayoutTest(unittest.TestCase):
         self.assertEqual(len(names), len(set(names)))
 
 
-# === 19. Bottle's own tests, and plugins of others ============================
+# === 20. Bottle's own tests, and plugins of others ============================
 
 BOTTLE_TESTS = os.environ.get("BOTTLE_TESTS")    # the folder `test` of Bottle 0.13's source
 
