@@ -1348,9 +1348,6 @@ def sign(text: str, key: bytes) -> str:
 # of them. A request is one coroutine. Where nothing in it awaits, its caller runs it to the end, as
 # a function; at the first `await` the rest moves to asyncio.
 
-END: Any = object()  # of an iterator
-
-
 class Switch:
     """`await SWITCH`: asyncio runs the coroutine from here on. It is where drive() stops."""
 
@@ -1470,30 +1467,6 @@ class Bridge:
 
 
 bridge = Bridge()
-
-
-async def next_async(pieces: Any) -> Any:
-    try:
-        return await pieces.__anext__()
-    except StopAsyncIteration:
-        return END
-
-
-async def close_async(pieces: Any) -> None:
-    if hasattr(pieces, "aclose"):
-        await pieces.aclose()
-
-
-async def pull_aside(pieces: Any) -> Any:
-    """A plain iterator for asyncio: each step on a thread, as it may block."""
-    aside = partial(bridge.loop.run_in_executor, None, copy_context().run)
-    try:
-        piece = await aside(next, pieces, END)
-        while piece is not END:
-            yield piece
-            piece = await aside(next, pieces, END)
-    finally:
-        await aside(getattr(pieces, "close", int))
 
 
 # === 7. Request and Response ==================================================
@@ -1766,10 +1739,10 @@ class Request:
         return data
 
     @property
-    def stream(self) -> BodyStream:
-        """The body in pieces, for `for` and `async for`; as it arrives, on a route with stream=True
-        on our server."""
-        return BodyStream(self.environ.get("wsgi.input", EMPTY_INPUT))
+    def stream(self) -> Iterator[bytes]:
+        """The body in pieces of up to 64 KiB; as it arrives, on a route with stream=True."""
+        source = self.environ.get("wsgi.input", EMPTY_INPUT)
+        return iter(partial(getattr(source, "read1", source.read), 1 << 16), b"")
 
     @kept
     def POST(self) -> FormsDict:
@@ -1829,19 +1802,6 @@ class Request:
     app: App = routed(0, "bottle.app")
     route: Route = routed(3, "bottle.route")
     url_args: Dict[str, Any] = routed(4, "route.url_args")
-
-
-class BodyStream:
-    """Iterates over a file in pieces of up to 64 KiB."""
-
-    def __init__(self, file: Any) -> None:
-        self.read: Callable[[int], bytes] = getattr(file, "read1", file.read)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(partial(self.read, 1 << 16), b"")
-
-    def __aiter__(self) -> Any:
-        return pull_aside(iter(self))
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -2180,34 +2140,6 @@ class Body:
         return self.pieces
 
 
-class AsyncBody:
-    """A Body out of an asynchronous iterator; who is not on asyncio may iterate too, and waits."""
-
-    def __init__(self, first: bytes, pieces: Any, encoding: str, files: Iterable = ()) -> None:
-        self.first: Any = first
-        self.pieces = pieces
-        self.encoding = encoding
-        self.files = files  # to be closed with it
-        self.context = copy_context()
-
-    def __aiter__(self) -> AsyncBody:
-        return self
-
-    async def __anext__(self) -> bytes:
-        piece, self.first = self.first, END
-        return encode_piece(await self.pieces.__anext__(), self.encoding) if piece is END else piece
-
-    async def aclose(self) -> None:
-        await close_async(self.pieces)
-        close_all(*self.files)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(lambda: bridge.wait(self.context, next_async(self)), END)
-
-    def close(self) -> None:
-        (bridge.spawn if bridge.is_here() else bridge.wait)(self.context, self.aclose())
-
-
 def encode_piece(piece: object, encoding: str) -> bytes:
     """To bytes; the first may also be another answer, as if it were raised."""
     if isinstance(piece, str):
@@ -2227,7 +2159,7 @@ def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
 
 async def ask_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
     """([status, headers, exc_info or None], body) of another application's answer; the body is
-    bytes, if it is whole, a FileWrapper, a Body or an AsyncBody."""
+    bytes, if it is whole, a FileWrapper or a Body."""
     head: list = []
     written: List[bytes] = []
     body: Any = None
@@ -2244,7 +2176,7 @@ async def ask_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
         result = await result.as_task()
     if type(result) is list and result:  # of HEAD it may be empty, and not be the whole
         body = b"".join(written + result)
-    elif type(result) in (FileWrapper, AsyncBody):
+    elif type(result) is FileWrapper:
         body = result
     else:
         body = Body(result)
@@ -2316,28 +2248,22 @@ def gzip_bytes(data: bytes, level: int) -> bytes:
     return coder.compress(data) + coder.flush()
 
 
-def gzip_coder(level: int) -> Tuple[Callable[[bytes], bytes], Callable[[], bytes]]:
-    """(what compresses a piece so that the client can read it at once, what gives the end)."""
-    import zlib
-    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
-    return lambda piece: coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH), coder.flush
-
-
 def iter_gzip(pieces: Iterable[bytes], level: int,
               length: Optional[int] = None) -> Iterator[bytes]:
     """A body in pieces; each can be read by the client at once, so that events are not late.
 
     Raises ValueError at the end if they were not `length` bytes, where that was announced.
     """
-    step, end = gzip_coder(level)
+    import zlib
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
     total = 0
     for piece in pieces:
         total += len(piece)
         if piece:
-            yield step(piece)
+            yield coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH)
     if length is not None and total != length:
         raise ValueError(f"an answer of {total} bytes, and its Content-Length was {length}")
-    yield end()
+    yield coder.flush()
 
 
 class GzipMiddleware:
@@ -3885,7 +3811,7 @@ class App:
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
-        if hasattr(out, "__aiter__") or hasattr(out, "__iter__"):
+        if hasattr(out, "__iter__"):
             return await self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
@@ -3929,11 +3855,10 @@ class App:
         return b"500 Internal Server Error: the error handler failed\n"
 
     async def _cast_iterator(self, out: Any) -> Any:
-        if hasattr(out, "__aiter__"):
-            return await begin_async(out.__aiter__())
-        if bridge.is_here():
-            return await begin_async(pull_aside(iter(out)))
-        body = Body(out)
+        if bridge.is_here():  # it may block
+            body = await bridge.loop.run_in_executor(None, copy_context().run, Body, out)
+        else:
+            body = Body(out)
         encoding = response.charset  # which the code before the first piece may have set
         try:
             first = encode_piece(next(body.pieces), encoding)
@@ -4010,27 +3935,10 @@ def run_lifecycle(app: Callable, name: str) -> None:
             bridge.wait(copy_context(), settle(out))
 
 
-async def begin_async(pieces: Any) -> AsyncBody:
-    """Begin an asynchronous iterator, as Body begins a plain one."""
-    await SWITCH
-    try:
-        first: Any = b""
-        while first in (b"", ""):
-            first = await next_async(pieces)
-        encoding = response.charset
-        return AsyncBody(b"" if first is END else encode_piece(first, encoding), pieces, encoding)
-    except BaseException:
-        await close_async(pieces)
-        raise
-
-
 def closing_too(out: Any, files: list) -> Any:
     """A body that closes `files` at its end; at once, if it is bytes."""
     if type(out) is bytes:
         close_all(*files)
-        return out
-    if type(out) is AsyncBody:
-        out.files = files
         return out
     body = Body(out)
     body.close = partial(close_all, out, *files)
@@ -4758,7 +4666,6 @@ class Loop:
 
 TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
 RECV_BYTES = 1 << 16
-SEND_BYTES = 1 << 10           # a socket that takes any takes so many at once
 SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
 MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
@@ -5365,7 +5272,7 @@ class Worker(Loop):
 
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
-        if type(result) in (Pending, AsyncBody):
+        if type(result) is Pending:
             return bridge.spawn(result.context, self.respond_async(x, result))
         x.result = result
         try:
@@ -5482,58 +5389,21 @@ class Worker(Loop):
 
     # -- on asyncio --
 
-    async def respond_async(self, x: Exchange, result: Any) -> None:
-        """See a request to its end whose application awaits, or streams from asyncio. Meanwhile no
-        thread has it."""
+    async def respond_async(self, x: Exchange, pending: Pending) -> None:
+        """See a request to its end whose application awaits. Meanwhile no thread has it."""
         me = self.aside
         if x.plan.cancel:
             self.cancel_at_end(x)
         try:
-            if type(result) is Pending:
-                result = await result
-                if type(result) is list:
-                    return self.send_list(x, result, monotonic(), me)
-            if is_event_stream(x.headers):
-                self.cancel_at_end(x)
-            length = size_of_file(result) if x.length is None else x.length
-            if type(result) is not AsyncBody:  # a file: read on threads, as a disk may block
-                result = AsyncBody(b"", pull_aside(result), "", [result])
-            await self.pump_async(x, result, length)
+            result: Any = await pending
+            if type(result) is list:
+                return self.send_list(x, result, monotonic(), me)
+            # what is sent in pieces may block
+            await bridge.loop.run_in_executor(None, self.respond, x, result, Hand())
         except bridge.asyncio.CancelledError:
             self.abort(x, me)
         except BaseException as error:
             self.on_error(x, error, me)
-
-    async def pump_async(self, x: Exchange, body: AsyncBody, length: Optional[int]) -> None:
-        """pump(), of an asynchronous iterator: as fast as the client takes it."""
-        step: Callable = bytes
-        end: Callable = bytes
-        try:
-            if self.negotiate(x, length):
-                step, end = gzip_coder(self.settings.gzip_level)
-            else:
-                x.length = length
-            if not x.bodiless:
-                async for piece in body:
-                    if piece:
-                        await self.transmit_async(x, self.frame(x, step(piece)))
-        finally:
-            await body.aclose()
-        self.send_last(x, end(), self.aside)
-
-    async def transmit_async(self, x: Exchange, data: bytes) -> None:
-        """transmit(), without a thread. Raises ClientGone."""
-        sock, view = x.connection.sock, memoryview(data)
-        try:
-            while view:
-                try:
-                    view = view[sock.send(view):]
-                except (BlockingIOError, InterruptedError):  # a little of it waits for its room
-                    step = bridge.loop.sock_sendall(sock, view[:SEND_BYTES])
-                    await bridge.asyncio.wait_for(step, self.settings.write_timeout)
-                    view = view[SEND_BYTES:]
-        except (OSError, bridge.asyncio.TimeoutError):
-            raise ClientGone("while the answer was sent") from None
 
     def cancel_at_end(self, x: Exchange) -> None:
         """Have this task cancelled when the client closes its side; it may have done so."""
@@ -6112,11 +5982,11 @@ def report(error: Exception) -> int:
 
 
 def print_traceback(cause: str, error: BaseException) -> None:
-    """An exception of the application's, without our frames and importlib's."""
+    """An exception of the application's, without the frames that lead to it."""
     import traceback
     tb = error.__traceback__
-    while tb is not None and (tb.tb_frame.f_code.co_filename == __file__
-                              or "importlib" in tb.tb_frame.f_code.co_filename):
+    while tb is not None and (tb.tb_frame.f_code.co_filename == __file__ or re.search(
+            "importlib|functools", tb.tb_frame.f_code.co_filename)):  # the latter on PyPy
         tb = tb.tb_next
     lines = traceback.format_exception(type(error), error.with_traceback(tb), tb)
     print_line(f"{cause}:\n{''.join(lines).rstrip()}")

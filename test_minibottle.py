@@ -73,7 +73,6 @@ from wsgiref.validate import WSGIWarning, validator
 
 import minibottle
 from examples import client as fetching
-from examples.events import event_stream
 from minibottle import (
     App, BadRequest, FileUpload, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError,
     HTTPResponse, MultiDict, Request, Response, RouteBuildError, RouteSyntaxError, Server, Settings,
@@ -4295,9 +4294,8 @@ def make_site():
 
     @app.get("/async/count")
     async def count_slowly():
-        for i in range(1000):
-            await asyncio.sleep(0)
-            yield "{} bottles\n".format(i)
+        await asyncio.sleep(0)
+        return ("{} bottles\n".format(i) for i in range(1000))
 
     @app.get("/async/file")
     async def source_slowly():
@@ -5093,28 +5091,6 @@ class AsyncTest(UnitTest):
         self.assertEqual((ask(app).text, ask(app, "/", "POST").json, ended),
                          ("ada!", {"error": 400}, ["ada", "ada"]))
 
-    def test_an_async_generator_is_streamed_and_closed(self):
-        closed = queue.Queue()
-
-        async def callback():
-            try:
-                yield ""
-                response.status = 201
-                yield "a"
-                await asyncio.sleep(0)
-                yield b"b"
-            finally:
-                closed.put(request.path)
-        answer = answer_of(callback)
-        self.assertEqual((answer.status_code, answer.body), (201, b"ab"))
-        self.assertEqual(closed.get(timeout=TIMEOUT), "/")
-        self.assertEqual(answer_of(callback, method="HEAD").body, b"")
-        self.assertEqual(closed.get(timeout=TIMEOUT), "/")
-        result = app_of(callback)(environ_of(), lambda *args: None)
-        self.assertEqual(next(iter(result)), b"a")
-        result.close()
-        self.assertEqual(closed.get(timeout=TIMEOUT), "/")
-
     def test_a_plain_generator_of_an_async_function_runs_on_a_thread(self):
         threads = []
 
@@ -5133,12 +5109,10 @@ class AsyncTest(UnitTest):
             return 5
 
         async def numbers():
-            yield "a"
             yield 5
-        with self.assertLogged():
-            self.assertEqual(answer_of(number).status_code, 500)
-        with self.assertRaises(TypeError):
-            answer_of(numbers)
+        for callback in (number, numbers):
+            with self.assertLogged():
+                self.assertEqual(answer_of(callback).status_code, 500)
 
     def test_all_requests_share_one_loop_inside_a_running_one_too(self):
         async def loop():
@@ -5170,11 +5144,9 @@ class AsyncTest(UnitTest):
         self.assertEqual(ask(app).text, "ada")
 
     def test_the_body_is_read_in_pieces(self):
-        async def count(request):
-            return str(sum([len(piece) async for piece in request.stream]))
-        for callback in (count, lambda request: str(sum(map(len, request.stream)))):
-            app = app_of(callback, method="POST", path="/")
-            self.assertEqual(TestClient(app).post("/", body=b"x" * 200000).text, "200000")
+        app = app_of(lambda request: {"sizes": [len(piece) for piece in request.stream]},
+                     method="POST")
+        self.assertEqual(sum(TestClient(app).post("/", body=b"x" * 200000).json["sizes"]), 200000)
 
 
 # === 12. Test client ==========================================================
@@ -5507,9 +5479,9 @@ def application(environ, start_response):
     if kind == "write":
         start_response("200 OK", sized)(content(rid, size)[:size // 2])
         return [content(rid, size)[size // 2:]]
-    if kind in ("await", "flow"):
+    if kind == "await":
         start = functools.partial(start_response, "200 OK", headers)
-        return minibottle.drive(answer_later(rid, size, number, start, kind == "flow"))
+        return minibottle.drive(answer_later(rid, size, number, start))
     if kind in BODIES:
         start_response("200 OK", sized if kind == "sized" else headers)
         return BODIES[kind](rid, size, number)
@@ -5517,25 +5489,11 @@ def application(environ, start_response):
     return [content(rid, size)]
 
 
-async def answer_later(rid, size, number, start, flows):
-    """What awaits: an answer at once, or in pieces."""
+async def answer_later(rid, size, number, start):
     await minibottle.SWITCH
-    await asyncio.sleep(0 if flows else number / 1000)
+    await asyncio.sleep(number / 1000)
     start()
-    return minibottle.AsyncBody(b"", flow(rid, size, number), "") if flows else [content(rid, size)]
-
-
-async def flow(rid, size, number):
-    data = content(rid, size)
-    with ledger.lock:
-        ledger.opened += 1
-    try:
-        for start in range(0, size, number):
-            await asyncio.sleep(random.choice((0, 0, 0, 0.001)))
-            yield data[start:start + number]
-    finally:
-        with ledger.lock:
-            ledger.closed += 1
+    return [content(rid, size)]
 
 
 BODIES = {
@@ -5691,13 +5649,13 @@ class Guest:
         self.serial += 1
         rid, choice = "%s-%d" % (self.name, self.serial), self.random.choice
         kind = choice(("fast",) * 8 + ("stream", "mixed", "echo") * 2 + (
-            "sleep", "cpu", "sized", "slow", "write", "raise", "big", "await", "flow"))
+            "sleep", "cpu", "sized", "slow", "write", "raise", "big", "await"))
         number, size = 0, choice((0, 1, 13, 100, 1000, 5000))
         if kind == "echo":
             return self.upload(rid)
         if kind == "big":
             kind, size = "fast", choice((200000, 3000000))
-        elif kind in ("stream", "sized", "flow"):
+        elif kind in ("stream", "sized"):
             size = choice((10, 1000, 100000, 700000))
             number = choice((17, 1000, 70000)) if size < 20000 else choice((3000, 100000))
         elif kind == "slow":
@@ -7226,23 +7184,6 @@ class AsyncServedTest(WireTest):
         wire = self.connect(self.serve(app)).send(get("/0.05") + get("/") + get("/0.01"))
         self.assertEqual([wire.answer().body for _ in range(3)], [b"0.05", b"now", b"0.01"])
 
-    def test_a_generator_waits_for_a_slow_reader(self):
-        made = []
-
-        async def pieces():
-            for _ in range(600):
-                made.append(1)
-                yield b"x" * 50000
-        server = self.serve(app_of(pieces))
-        wire = self.connect(server, receive_bytes=4096).send(get())
-        wire.sock.recv(1, socket.MSG_PEEK)
-        counts = [0]
-        while counts[-1] != len(made):
-            counts.append(len(made))
-            time.sleep(0.1)
-        self.assertLess(len(made), 300)     # what the system buffers: a few MB at most
-        self.assertEqual(len(wire.answer().body), 30000000)
-
     def test_a_file_of_a_coroutine_is_read_on_threads_and_closed(self):
         files, app = [], App()
 
@@ -7269,7 +7210,7 @@ class AsyncServedTest(WireTest):
         self.assertEqual(len(slow.answer().body), 5000000)
         self.wait_until(lambda: all(file.closed for file in files))
 
-    def test_when_the_client_goes_events_and_who_wants_it_are_cancelled(self):
+    def test_when_the_client_goes_who_wants_it_is_cancelled(self):
         began, ended = queue.Queue(), queue.Queue()
         app = App()
 
@@ -7279,18 +7220,6 @@ class AsyncServedTest(WireTest):
                 await asyncio.sleep(60)
             finally:
                 ended.put(name)
-
-        @app.get("/stream")
-        def stream():
-            async def events():
-                yield "x"
-                await forever("stream")
-            return event_stream(events())
-
-        @app.get("/pieces", cancel=True)
-        async def pieces():
-            yield "x"
-            await forever("pieces")
 
         @app.get("/cancel", cancel=True)
         async def cancel():
@@ -7302,7 +7231,7 @@ class AsyncServedTest(WireTest):
             await asyncio.sleep(0.1)
             ended.put("finish")
         server, log = self.serve(app), self.listen_to_log()
-        for path in ("/stream", "/pieces", "/cancel", "/finish"):
+        for path in ("/cancel", "/finish"):
             wire = self.connect(server).send(get(path))
             self.assertEqual(began.get(timeout=TIMEOUT), path[1:])
             wire.close()
@@ -7320,23 +7249,14 @@ class AsyncServedTest(WireTest):
 
         @app.post("/", stream=True)
         async def count(request):
-            sizes = [len(piece) async for piece in request.stream]
-            return str(sum(sizes))
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(None, lambda: str(sum(map(len, request.stream))))
         wire = self.connect(self.serve(app))
         wire.send(post("Content-Length: 10", "Expect: 100-continue"))
         self.assertEqual(wire.head()[0], 100)
         wire.send(b"12345").send(b"67890")
         self.assertEqual(wire.answer().body, b"10")
         self.assertEqual(wire.send(post("Content-Length: 1", body=b"x")).answer().body, b"1")
-
-    def test_what_fails_after_the_head_resets_the_connection(self):
-        async def pieces():
-            yield "x"
-            raise ValueError("broke off")
-        server, log = self.serve(app_of(pieces)), self.listen_to_log()
-        with self.assertRaises((Cut, ConnectionResetError)):
-            self.fetch(server, get())
-        self.assertIn("unhandled exception", log.next())
 
 
 class AroundTest(WireTest):
@@ -8685,9 +8605,8 @@ EXAMPLES = {        # module: expression that gives the WSGI application
     "example_bottle": lambda module: module.Service(),
     "example_flask": lambda module: module.app,
     "example_tornado": lambda module: module.make_app(),
-    "events": lambda module: module.app,
 }
-VENDORED = {"client": 750, "events": 125}       # files to lay beside minibottle.py: lines
+VENDORED = {"client": 750}       # files to lay beside minibottle.py: lines
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -8761,14 +8680,6 @@ class ExamplesInProcessTest(unittest.TestCase):
         self.assertEqual(answer.status_code, 405)
         self.assertIn("POST", answer.headers["Allow"])
 
-    def test_the_plot_goes_on_where_its_reader_was(self):
-        client = TestClient(load_example("events"))
-        self.assertIn('new EventSource("wave")', client.get("/").text)
-        for headers, ids in (({}, "012"), ({"Last-Event-ID": "1"}, "2")):
-            answer = client.get("/wave?until=2", headers)
-            self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
-            self.assertEqual(re.findall("id: (.+)", answer.text), list(ids))
-
     def test_the_three_services_by_any_test_client(self):
         for name in SERVICES:
             with self.subTest(example=name):
@@ -8777,69 +8688,6 @@ class ExamplesInProcessTest(unittest.TestCase):
                 answer = client.post("/api", headers={"Accept-Language": "de, en;q=0.5"})
                 self.assertEqual(answer.json, {"language": "de, en;q=0.5"})
                 self.assertEqual(client.get("/api").status_code, 405)
-
-
-class EventStreamTest(UnitTest):
-    """Server-sent events, as the HTML standard says (9.2.5 Parsing an event stream)."""
-
-    def events(self, source, **options):
-        def callback():
-            return event_stream(source, **options)
-        answer = answer_of(callback)
-        self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
-        return answer.text
-
-    def test_events_have_their_fields_and_a_line_for_each_line(self):
-        for event, text in (
-                ("a", "data: a\n\n"), ("a\nb\r\nc\rd", "data: a\ndata: b\ndata: c\ndata: d\n\n"),
-                ({"n": 1}, 'data: {"n": 1}\n\n'), ([1], "data: [1]\n\n"), ("", "data: \n\n"),
-                ({"data": {"n": 1}, "id": 7, "event": "tick", "retry": 100},
-                 'event: tick\nid: 7\nretry: 100\ndata: {"n": 1}\n\n')):
-            self.assertEqual(self.events([event]), ":\n\n" + text)
-
-    def test_a_line_break_in_a_name_or_id_is_refused(self):
-        for event in ({"data": "x", "id": "1\ndata: y"}, {"data": "x", "event": "a\rb"}):
-            with self.assertRaisesRegex(ValueError, "one line"):
-                self.events([event])
-
-    def test_silence_is_filled_with_comments(self):
-        go = threading.Event()
-
-        def source():
-            go.wait(10)
-            yield "x"
-
-        def callback():
-            return event_stream(source(), keepalive=0.01)
-        body = app_of(callback)(environ_of(), lambda *args: None)
-        pieces = iter(body)
-        self.assertEqual([next(pieces) for _ in range(3)], [b":\n\n"] * 3)
-        go.set()
-        self.assertEqual(list(pieces)[-1], b"data: x\n\n")
-        body.close()
-
-
-class ServedEventsTest(WireTest):
-
-    def test_events_arrive_at_once_compressed_too(self):
-        go = threading.Semaphore(0)
-
-        async def events():
-            for n in range(3):
-                yield {"data": {"n": n}}
-                while not go.acquire(blocking=False):
-                    await asyncio.sleep(0.01)
-        server = self.serve(app_of(lambda: event_stream(events())))
-        for line in ("", "Accept-Encoding: gzip"):
-            wire = self.connect(server).send(get("/", *[line] if line else []))
-            _, _, headers = wire.head()
-            coder = zlib.decompressobj(31 if line else -15)
-            decode = coder.decompress if line else bytes
-            self.assertEqual(headers["Content-Encoding"], "gzip" if line else None)
-            self.assertEqual(decode(wire.chunk()), b":\n\n")
-            for n in range(3):
-                self.assertEqual(decode(wire.chunk()), b'data: {"n": %d}\n\n' % n)
-                go.release()
 
 
 class ServiceChecks(OverSocket):
@@ -9020,15 +8868,6 @@ class BrowserTest(unittest.TestCase):
         at_once(self.check_shown, [
             (load_example("hello"), "<html><head></head><body>Hello World!</body></html>"),
             (wsgiref.simple_server.demo_app, "wsgi.url_scheme = 'http'")])
-
-    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
-    def test_chromium_plots_events(self):
-        app, example = App(), load_example("events")
-        app.merge(example)  # its page, which is loaded when the plot has begun
-        app.get("/", callback=lambda: TestClient(example).get("/").text + "<img src=hold>")
-        app.get("/hold", callback=lambda: time.sleep(0.5))
-        dom = self.dump_dom(app)
-        self.assertRegex(dom, r'<polyline points="0 0 1 -0\.1 2 -0\.199 3 ')
 
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_chromium_uploads_three_files_at_once_and_downloads_a_range(self):
@@ -10046,8 +9885,6 @@ class ReadmeTest(unittest.TestCase):
         app = self.run_block("async def slow()")["app"]
         with Server(app, port=0) as server:
             self.assertEqual(fetch(server.url, "/slow")[2], b'{"slept": 0.1}')
-            self.assertEqual(fetch(server.url, "/count")[2].split(), b"0 1 2 3 4 5 6 7 8 9".split())
-            self.assertEqual(fetch(server.url, "/size", "POST", b"x" * 9)[2], b"9")
         self.assertTrue(app.ticker.cancelled())
 
     def test_its_table_names_every_setting_with_its_default(self):
