@@ -9751,6 +9751,7 @@ class ClientServersTest(ClientTest):
             async with self.client() as asker:
                 self.assertEqual((await asker.fetch(url)).text, "Hello World!")
 
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     @needs("gunicorn")
     async def test_gunicorn(self):
         with serve_gunicorn("examples.example_tornado:make_app()") as url:
