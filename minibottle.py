@@ -93,7 +93,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
-from contextvars import ContextVar, copy_context
+from contextvars import Context, ContextVar, copy_context
 from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
 from importlib import import_module
 from itertools import chain, islice, repeat
@@ -4367,11 +4367,11 @@ class Loop:
     # -- threads --
 
     def start_thread(self) -> Optional[Hand]:
-        """With the lock: a new thread, promised to the caller, who releases its `wake`."""
+        """With the lock: a new thread, in an empty context, promised to who releases `wake`."""
         if len(self.hands) > self.settings.max_threads:
             return None
         hand = Hand()
-        hand.thread = threading.Thread(target=self.live, args=(hand,), daemon=True,
+        hand.thread = threading.Thread(target=Context().run, args=(self.live, hand), daemon=True,
                                        name=f"minibottle-{len(self.hands) + 1}")
         hand.thread.minibottle_hand = hand  # where LocalRequest looks for it
         try:
