@@ -5398,7 +5398,7 @@ class Worker(Loop):
             result: Any = await pending
             if type(result) is list:
                 return self.send_list(x, result, monotonic(), me)
-            # what is sent in pieces may block
+            x.task = None  # what is sent in pieces may block: it has a thread, and its own end
             await bridge.loop.run_in_executor(None, self.respond, x, result, Hand())
         except bridge.asyncio.CancelledError:
             self.abort(x, me)

@@ -7210,6 +7210,18 @@ class AsyncServedTest(WireTest):
         self.assertEqual(len(slow.answer().body), 5000000)
         self.wait_until(lambda: all(file.closed for file in files))
 
+    def endless(self, began, ended):
+        """A plain generator that a coroutine returns."""
+        try:
+            while True:
+                yield b"x" * 1000
+                began.put("pieces")
+                time.sleep(0.01)
+        finally:
+            while not began.empty():
+                began.get()
+            ended.put("pieces")
+
     def test_when_the_client_goes_who_wants_it_is_cancelled(self):
         began, ended = queue.Queue(), queue.Queue()
         app = App()
@@ -7225,13 +7237,17 @@ class AsyncServedTest(WireTest):
         async def cancel():
             await forever("cancel")
 
+        @app.get("/pieces", cancel=True)
+        async def pieces():
+            return self.endless(began, ended)
+
         @app.get("/finish")
         async def finish():
             began.put("finish")
             await asyncio.sleep(0.1)
             ended.put("finish")
         server, log = self.serve(app), self.listen_to_log()
-        for path in ("/cancel", "/finish"):
+        for path in ("/cancel", "/pieces", "/finish"):
             wire = self.connect(server).send(get(path))
             self.assertEqual(began.get(timeout=TIMEOUT), path[1:])
             wire.close()
