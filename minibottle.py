@@ -1400,7 +1400,8 @@ class Pending:
 
     def close(self) -> None:
         self.steps.close()
-        getattr(self.result, "close", self.steps.close)()
+        if hasattr(self.result, "close"):
+            self.result.close()
 
 
 class Bridge:
@@ -1445,13 +1446,13 @@ class Bridge:
             context, steps = self.inbox.popleft()
             context.run(self.loop.create_task, steps)
 
-    def wait(self, context: Any, steps: Any) -> Any:
+    def wait(self, context: Any, steps: Any, seconds: Optional[float] = None) -> Any:
         """The result of a coroutine, for a thread that has nothing else to do."""
         loop = self.start()
         if self.is_here():
             steps.close()
             raise RuntimeError("asyncio's own thread cannot wait for a coroutine: await it")
-        return context.run(self.asyncio.run_coroutine_threadsafe, steps, loop).result()
+        return context.run(self.asyncio.run_coroutine_threadsafe, steps, loop).result(seconds)
 
     def cancel_all(self, seconds: float) -> None:
         """Let what still runs clean up, for at most so long: the process is about to end."""
@@ -1461,9 +1462,12 @@ class Bridge:
                 task.cancel()
             if tasks:
                 await self.asyncio.wait(tasks, timeout=seconds)
+            done.set()
 
+        done = threading.Event()
         if self.pid == os.getpid():
-            self.wait(copy_context(), cancel())
+            self.spawn(copy_context(), cancel())
+            done.wait(2 * seconds)  # a coroutine that blocks does not hold the process
 
 
 bridge = Bridge()
@@ -3590,7 +3594,8 @@ class App:
     def add_hook(self, name: str, func: Callable) -> None:
         """`before_request` (a Response that it returns or raises ends the request), in order;
         `after_request`, in reverse, after every request, errors too; `app_reset`, when plugins
-        change; `config`, given (config, key, value) before a setting changes."""
+        change; `config`, given (config, key, value) before a setting changes; `start`, `stop`:
+        see on_start."""
         if name not in self._hooks:
             raise KeyError(f"no hook {name!r}; there are {', '.join(self._hooks)}")
         self._hooks[name].insert(0 if name == "after_request" else len(self._hooks[name]), func)
@@ -3927,12 +3932,12 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def run_lifecycle(app: Callable, name: str) -> None:
-    """Call the hooks of a worker's "start" or "stop"."""
+def run_lifecycle(app: Callable, name: str, seconds: Optional[float] = None) -> None:
+    """Call the hooks of a worker's "start" or "stop"; an async one may take so long."""
     for hook in getattr(app, "_hooks", {}).get(name, ()):
         out = hook()
         if hasattr(out, "__await__"):
-            bridge.wait(copy_context(), settle(out))
+            bridge.wait(copy_context(), settle(out), seconds)
 
 
 def closing_too(out: Any, files: list) -> Any:
@@ -4908,7 +4913,7 @@ class Worker(Loop):
     def shut_down(self) -> None:
         super().shut_down()
         try:
-            run_lifecycle(self.target, "stop")
+            run_lifecycle(self.target, "stop", self.settings.grace)
         except Exception as error:
             log.error("an on_stop function failed", exc_info=error)
 
@@ -5323,10 +5328,10 @@ class Worker(Loop):
             if budget < 0:
                 x.plan.blocked()
                 self.leave(me)
-            # who closes its side may still listen, but not who reads events
-            if not me.holds and x.head_sent and x.chunked and is_event_stream(x.headers) \
-                    and is_at_end(x.connection.sock):
-                return self.abort(x, me)
+            if not me.holds and x.head_sent and x.chunked and any(
+                    name.lower() == "content-type" and value.startswith("text/event-stream")
+                    for name, value in x.headers) and is_at_end(x.connection.sock):
+                return self.abort(x, me)  # of other streams such a reader may still listen
 
     def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
         """Send all of it; where the socket takes no more, leave the loop and wait. False: the
@@ -5515,11 +5520,6 @@ class Worker(Loop):
         if self.log_lines:
             lines = [self.log_lines.popleft() for _ in range(len(self.log_lines))]
             self.user(me, write_to, sys.stdout, "\n".join(lines) + "\n")
-
-
-def is_event_stream(headers: List[Tuple[str, str]]) -> bool:
-    return any(name.lower() == "content-type" and value.startswith("text/event-stream")
-               for name, value in headers)
 
 
 def is_at_end(sock: socket.socket) -> bool:

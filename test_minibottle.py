@@ -351,7 +351,7 @@ class Recorder:
 # Modules that the server is started with; they lie in FOLDER, where it is started.
 MODULES = {
     "lifecycle": """
-import asyncio, os, sys
+import asyncio, os, sys, time
 from minibottle import App
 
 app = App()
@@ -393,6 +393,12 @@ async def end_too():
 @app.get("/")
 async def index():
     return str(os.getpid())
+
+
+@app.get("/block")
+async def block():
+    say("blocked")
+    time.sleep(60)
 
 
 class Broken(App):
@@ -2056,6 +2062,17 @@ class MultipartTest(UnitTest):
 
 
 class FileUploadTest(UnitTest):
+
+    def test_of_a_large_body_it_is_read_from_the_body_and_cannot_be_written(self):
+        body = form(part("a", "text"), part("f", "data", "a.txt"))
+        request = multipart(body, **{"minibottle.settings": Settings(spool_threshold=10)})
+        file = request.files["f"].file
+        self.assertEqual((file.read(), file.seek(1), file.read(2)), (b"data", 1, b"at"))
+        for refused in (file.fileno, lambda: file.write(b"x")):
+            with self.assertRaises(io.UnsupportedOperation):
+                refused()
+        for closed in request.environ["minibottle.files"]:
+            closed.close()
 
     def test_a_file_name_is_made_safe(self):
         for raw, ascii_name, safe in (
@@ -7394,6 +7411,16 @@ class CommandMasterTest(PooledTest):
             for text in ("started", "started too", "stopped", "stopped too", "task cancelled"):
                 self.assertEqual(sorted(map(int, re.findall(r"%s in (\d+)" % text, said))), pids)
 
+    def test_a_coroutine_that_blocks_does_not_keep_a_server_from_its_end(self):
+        for workers in "01":
+            with serve("lifecycle:app", "--workers", workers, "--grace", "0.3") as server, \
+                    contextlib.closing(Client(server.url)) as client:
+                client.request("GET", "/block")
+                server.wait_for("blocked")
+                began = time.monotonic()
+                self.assertEqual(server.stop(), 0)
+                self.assertLess(time.monotonic() - began, 1.3 * SLOW + 1)
+
     def test_an_application_that_fails_at_its_start_stops_the_server(self):
         with Command("lifecycle:Broken") as server:
             self.assertEqual(server.wait(), 1)
@@ -9903,6 +9930,16 @@ class ReadmeTest(unittest.TestCase):
         with Server(app, port=0) as server:
             self.assertEqual(fetch(server.url, "/slow")[2], b'{"slept": 0.1}')
         self.assertTrue(app.ticker.cancelled())
+
+    def test_without_coroutines_asyncio_is_not_imported(self):
+        program = ("import sys; from minibottle import App, Server; app = App(); "
+                   "app.route('/', callback=lambda: iter(['a'])); "
+                   "from urllib.request import urlopen\n"
+                   "with Server(app, port=0) as server: urlopen(server.url).read()\n"
+                   "print('asyncio' in sys.modules)")
+        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT,
+                              check=True)
+        self.assertEqual(done.stdout.strip(), b"False")
 
     def test_its_table_names_every_setting_with_its_default(self):
         rows = re.findall(r"^\| `([a-z_]+)` \| ([^|]*) \| ([^|]*) \|$", self.text, re.MULTILINE)
