@@ -1467,7 +1467,7 @@ class Bridge:
         done = threading.Event()
         if self.pid == os.getpid():
             self.spawn(copy_context(), cancel())
-            done.wait(2 * seconds)  # a coroutine that blocks does not hold the process
+            done.wait(4 * seconds)  # a coroutine that blocks does not hold the process
 
 
 bridge = Bridge()

@@ -25,7 +25,7 @@ async def index(request):
 
 async def ask(url):
     try:
-        return (await fetch(url, timeout=1)).json["value"]
+        return (await fetch(url, timeout=3)).json["value"]
     except ClientError as error:
         return f"unknown ({error.phase})"
 
