@@ -28,12 +28,11 @@ MAP (a section uses only names from sections above it; 1-5 are pure: no socket, 
     9. Router                   rules to targets, and URLs
     10. Templates                text with Python in it, to HTML
     11. App                     routes, hooks, errors, Handler classes
-    12. Test client             requests without a server
   III. The world
-    13. Event loop              one loop, handed over when user code blocks
-    14. Server connection       HTTP on the loop
-    15. Workers                 master and worker processes, Server, run()
-    16. Default app and command line
+    12. Event loop              one loop, handed over when user code blocks
+    13. Server connection       HTTP on the loop
+    14. Workers                 master and worker processes
+    15. Default app and command line
 
 ONE REQUEST (-> calls)
 
@@ -94,7 +93,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from contextvars import Context, ContextVar, copy_context
-from functools import cached_property, lru_cache, partial, partialmethod, update_wrapper, wraps
+from functools import cached_property, lru_cache, partial, update_wrapper, wraps
 from importlib import import_module
 from itertools import chain, islice, repeat
 from operator import attrgetter
@@ -111,10 +110,9 @@ if TYPE_CHECKING:  # for readers and checkers: importing it takes a tenth of our
 __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
-    "static_file app apps default_app AppStack route get post put delete patch error "
-    "hook install uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
-    "install_as_bottle TestClient Server ServerAdapter Settings GzipMiddleware ResourceManager "
-    "JSONPlugin template view SimpleTemplate jinja2_template jinja2_view TEMPLATE_PATH "
+    "static_file app apps default_app AppStack route get post put delete patch error hook install "
+    "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
+    "ServerAdapter Settings ResourceManager JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
     "TemplateError debug BaseRequest BaseResponse LocalRequest LocalResponse FileUpload "
     "CookieError MultipartError auth_basic parse_auth cookie_encode cookie_decode "
     "cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route "
@@ -1348,6 +1346,9 @@ def sign(text: str, key: bytes) -> str:
 # of them. A request is one coroutine. Where nothing in it awaits, its caller runs it to the end, as
 # a function; at the first `await` the rest moves to asyncio.
 
+END: Any = object()  # of an iterator
+
+
 class Switch:
     """`await SWITCH`: asyncio runs the coroutine from here on. It is where drive() stops."""
 
@@ -1378,6 +1379,8 @@ def drive(steps: Any) -> Any:
 class Pending:
     """What a coroutine is still at work on: awaitable. A WSGI server that takes it for a body, and
     iterates over it, waits."""
+
+    __slots__ = ("steps", "context", "result")
 
     def __init__(self, steps: Any, context: Any) -> None:
         self.steps = steps
@@ -1422,10 +1425,10 @@ class Bridge:
             if self.pid != os.getpid():
                 import asyncio
                 self.asyncio, self.loop, self.woken = asyncio, asyncio.new_event_loop(), False
-                self.pid = os.getpid()
                 self.thread = threading.Thread(target=self.loop.run_forever, daemon=True,
                                                name="minibottle-asyncio")
                 self.thread.start()
+                self.pid = os.getpid()
             return self.loop
 
     def is_here(self) -> bool:
@@ -1433,9 +1436,13 @@ class Bridge:
         return self.pid == os.getpid() and self.thread is threading.current_thread()
 
     def spawn(self, context: Any, steps: Any) -> None:
-        """Run a coroutine, in a context, from any thread. FAST: one wake-up for all that came."""
-        loop = self.loop if self.pid == os.getpid() else self.start()
+        """Run a coroutine, in a context, from any thread."""
         self.inbox.append((context, steps))
+        self.ring()
+
+    def ring(self) -> None:
+        """Have asyncio look into the inbox."""
+        loop = self.loop if self.pid == os.getpid() else self.start()
         if not self.woken:
             self.woken = True
             loop.call_soon_threadsafe(self.take)
@@ -1471,6 +1478,28 @@ class Bridge:
 
 
 bridge = Bridge()
+
+
+async def next_async(pieces: Any) -> Any:
+    try:
+        return await pieces.__anext__()
+    except StopAsyncIteration:
+        return END
+
+
+async def pull_aside(pieces: Any) -> Any:
+    """A plain iterator for asyncio: each step on a thread, as it may block."""
+    aside = partial(bridge.loop.run_in_executor, None, copy_context().run)
+    step = aside(next, pieces, END)
+    try:
+        await bridge.asyncio.wait([step])
+        while step.result() is not END:
+            yield step.result()
+            step = aside(next, pieces, END)
+            await bridge.asyncio.wait([step])
+    finally:
+        await bridge.asyncio.wait([step])  # a thread cannot be cancelled: close() would meet it
+        await aside(getattr(pieces, "close", int))
 
 
 # === 7. Request and Response ==================================================
@@ -1743,10 +1772,10 @@ class Request:
         return data
 
     @property
-    def stream(self) -> Iterator[bytes]:
-        """The body in pieces of up to 64 KiB; as it arrives, on a route with stream=True."""
-        source = self.environ.get("wsgi.input", EMPTY_INPUT)
-        return iter(partial(getattr(source, "read1", source.read), 1 << 16), b"")
+    def stream(self) -> BodyStream:
+        """The body in pieces, for `for` and `async for`; as it arrives, on a route with stream=True
+        on our server."""
+        return BodyStream(self.environ.get("wsgi.input", EMPTY_INPUT))
 
     @kept
     def POST(self) -> FormsDict:
@@ -1806,6 +1835,19 @@ class Request:
     app: App = routed(0, "bottle.app")
     route: Route = routed(3, "bottle.route")
     url_args: Dict[str, Any] = routed(4, "route.url_args")
+
+
+class BodyStream:
+    """Iterates over a file in pieces of up to 64 KiB."""
+
+    def __init__(self, file: Any) -> None:
+        self.read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(partial(self.read, 1 << 16), b"")
+
+    def __aiter__(self) -> Any:
+        return pull_aside(iter(self))
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -2144,6 +2186,48 @@ class Body:
         return self.pieces
 
 
+class AsyncBody:
+    """A Body out of an asynchronous iterator; who is not on asyncio may iterate too, and waits."""
+
+    def __init__(self, pieces: Any) -> None:
+        self.pieces = pieces
+        self.first: Any = END       # the piece that begin() has pulled
+        self.encoding = ""
+        self.files: Iterable = ()   # to be closed with it
+        self.context = copy_context()
+
+    async def begin(self) -> AsyncBody:
+        await SWITCH
+        try:
+            first: Any = b""
+            while first in (b"", ""):
+                first = await next_async(self.pieces)
+            self.encoding = response.charset
+            self.first = b"" if first is END else encode_piece(first, self.encoding)
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    def __aiter__(self) -> AsyncBody:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece, self.first = self.first, END
+        return encode_piece(await self.pieces.__anext__(), self.encoding) if piece is END else piece
+
+    async def aclose(self) -> None:
+        if hasattr(self.pieces, "aclose"):
+            await self.pieces.aclose()
+        close_all(*self.files)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(lambda: bridge.wait(self.context, next_async(self)), END)
+
+    def close(self) -> None:
+        (bridge.spawn if bridge.is_here() else bridge.wait)(self.context, self.aclose())
+
+
 def encode_piece(piece: object, encoding: str) -> bytes:
     """To bytes; the first may also be another answer, as if it were raised."""
     if isinstance(piece, str):
@@ -2155,15 +2239,9 @@ def encode_piece(piece: object, encoding: str) -> bytes:
     raise TypeError(f"a body is made of str or bytes, not {type(piece).__name__}")
 
 
-def call_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
-    """ask_wsgi(), for who can wait."""
-    out: Any = drive(ask_wsgi(app, environ))
-    return out.wait() if type(out) is Pending else out
-
-
 async def ask_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
     """([status, headers, exc_info or None], body) of another application's answer; the body is
-    bytes, if it is whole, a FileWrapper or a Body."""
+    bytes, if it is whole, a FileWrapper, a Body or an AsyncBody."""
     head: list = []
     written: List[bytes] = []
     body: Any = None
@@ -2180,7 +2258,7 @@ async def ask_wsgi(app: Callable, environ: Dict[str, Any]) -> Tuple[list, Any]:
         result = await result.as_task()
     if type(result) is list and result:  # of HEAD it may be empty, and not be the whole
         body = b"".join(written + result)
-    elif type(result) is FileWrapper:
+    elif type(result) in (FileWrapper, AsyncBody):
         body = result
     else:
         body = Body(result)
@@ -2252,48 +2330,28 @@ def gzip_bytes(data: bytes, level: int) -> bytes:
     return coder.compress(data) + coder.flush()
 
 
+def gzip_coder(level: int) -> Tuple[Callable[[bytes], bytes], Callable[[], bytes]]:
+    """(what compresses a piece so that the client can read it at once, what gives the end)."""
+    import zlib
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    return lambda piece: coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH), coder.flush
+
+
 def iter_gzip(pieces: Iterable[bytes], level: int,
               length: Optional[int] = None) -> Iterator[bytes]:
     """A body in pieces; each can be read by the client at once, so that events are not late.
 
     Raises ValueError at the end if they were not `length` bytes, where that was announced.
     """
-    import zlib
-    coder = zlib.compressobj(level, zlib.DEFLATED, 31)
+    step, end = gzip_coder(level)
     total = 0
     for piece in pieces:
         total += len(piece)
         if piece:
-            yield coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH)
+            yield step(piece)
     if length is not None and total != length:
         raise ValueError(f"an answer of {total} bytes, and its Content-Length was {length}")
-    yield coder.flush()
-
-
-class GzipMiddleware:
-    """gzip for any WSGI application on any server. (The built-in server does it by itself.)"""
-
-    def __init__(self, app: Callable, minimum: int = 1024, level: int = 6) -> None:
-        self.app = app
-        self.minimum = minimum
-        self.level = level
-
-    def __call__(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
-        (status, headers, exc_info), body = call_wsgi(self.app, environ)
-        length = len(body) if type(body) is bytes else None
-        try:
-            headers, compress = negotiate_gzip(environ, status, headers, length, self.minimum)
-            start_response(status, headers, *[exc_info] if exc_info else [])
-        except BaseException:
-            close_all(body)
-            raise
-        compress = compress and environ["REQUEST_METHOD"] != "HEAD"
-        if length is not None:
-            return [gzip_bytes(body, self.level) if compress else body]
-        if compress:
-            body = Body(body)
-            body.pieces = iter_gzip(body.pieces, self.level)
-        return body
+    yield end()
 
 
 # -- files by their name --
@@ -2929,27 +2987,6 @@ class SimpleTemplate(BaseTemplate):
         return found.execute(env["_stdout"], {**env, **given})
 
 
-class Jinja2Template(BaseTemplate):
-    """A template of the package jinja2; settings are those of its Environment."""
-
-    def prepare(self, filters: Mapping = {}, tests: Mapping = {}, globals: Mapping = {},
-                **settings: Any) -> None:
-        jinja2 = import_module("jinja2")
-        self.env = jinja2.Environment(loader=jinja2.FunctionLoader(self.load), **settings)
-        self.env.filters.update(filters)
-        self.env.tests.update(tests)
-        self.env.globals.update(globals)
-        self.tpl = (self.env.get_template(self.name) if self.source is None
-                    else self.env.from_string(self.source))
-
-    def load(self, name: str) -> Optional[Tuple[str, str, Callable]]:
-        path = self.search(name, self.lookup)
-        return (self.read(path), path, lambda: not DEBUG) if path else None
-
-    def execute(self, out: List[str], env: Dict[str, Any]) -> None:
-        out.append(self.tpl.render(env))
-
-
 def template(source: Any, /, *dicts: Mapping, template_adapter: Callable = SimpleTemplate,
              template_lookup: Iterable[str] = (), template_settings: Mapping = {},
              **variables: Any) -> str:
@@ -2981,14 +3018,13 @@ def view(name: str, /, **defaults: Any) -> Callable:
     return decorator
 
 
-jinja2_template = partial(template, template_adapter=Jinja2Template)
-jinja2_view = partial(view, template_adapter=Jinja2Template)
-
-
 # === 11. App ==================================================================
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (route, call) -> _respond
 # (hooks, if there are any; what awaits) -> _cast (what was returned to bytes) -> _start.
+
+THIS = "minibottle" if __name__ == "__main__" else __name__  # what this module is imported as
+
 
 class PluginError(BottleException):
     """A plugin cannot do its work here."""
@@ -3637,6 +3673,10 @@ class App:
         """(route, arguments). Raises HTTPError 400, 404, 405."""
         return self._find(environ)[3:]
 
+    def websocket(self, path: str, **options: Any) -> Callable:
+        """Decorate what is to speak WebSocket at a rule: websocket.py, beside this file, has it."""
+        return import_module(f"{THIS}.websocket").websocket(self, path, **options)
+
     def run(self, **options: Any) -> None:
         """Serve this application; see minibottle.run."""
         run(self, **options)
@@ -3716,7 +3756,13 @@ class App:
                     if isinstance(out, Response):
                         break
                 else:
-                    out = await settle(self._handle(environ) if self._before else out)
+                    out = self._handle(environ) if self._before else out
+                    if hasattr(out, "__await__"):  # FAST: settle(), inline, and as wsgi() ends
+                        await SWITCH
+                        out = await out
+                        if (type(out) is str and not self._after
+                                and environ.get("minibottle.response") is None):
+                            return start(out.encode("utf-8"), HTML)
             except Exception as error:
                 out = self.failure(error)
             if isinstance(out, Response):
@@ -3773,7 +3819,7 @@ class App:
             return error
         if getattr(error, "minibottle_peer", False):
             return HTTPError(getattr(error, "status", 400), str(error), error)
-        if not self.catchall:
+        if not self.catchall or request.get("minibottle.raise_errors"):
             raise error
         method, path = request.get("REQUEST_METHOD", "?"), request.get("PATH_INFO", "?")
         log.error("%s %s: unhandled exception", printable(method), printable(path), exc_info=error)
@@ -3816,7 +3862,7 @@ class App:
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
-        if hasattr(out, "__iter__"):
+        if hasattr(out, "__aiter__") or hasattr(out, "__iter__"):
             return await self._cast_iterator(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
@@ -3860,6 +3906,8 @@ class App:
         return b"500 Internal Server Error: the error handler failed\n"
 
     async def _cast_iterator(self, out: Any) -> Any:
+        if hasattr(out, "__aiter__"):
+            return await AsyncBody(out.__aiter__()).begin()
         if bridge.is_here():  # it may block
             body = await bridge.loop.run_in_executor(None, copy_context().run, Body, out)
         else:
@@ -3945,6 +3993,9 @@ def closing_too(out: Any, files: list) -> Any:
     if type(out) is bytes:
         close_all(*files)
         return out
+    if type(out) is AsyncBody:
+        out.files = files
+        return out
     body = Body(out)
     body.close = partial(close_all, out, *files)
     return body
@@ -3955,138 +4006,7 @@ def printable(text: object) -> str:
     return str(text).encode("unicode_escape").decode("ascii").replace('"', '\\"')
 
 
-# === 12. Test client ==========================================================
-# Requests to an application in this process: no socket, no server, cookies kept.
-
-class Answer:
-    """What a TestClient got."""
-
-    def __init__(self, status: str, headers: List[Tuple[str, str]], body: bytes) -> None:
-        self.status = status                  # "200 OK"
-        self.status_code = int(status[:3])
-        self.headers = HeaderDict()
-        for name, value in headers:
-            self.headers.append(name, wsgi_to_text(value))
-        self.body = body
-
-    def __repr__(self) -> str:
-        return f"<Answer {self.status}, {len(self.body)} bytes>"
-
-    @property
-    def text(self) -> str:
-        return self.body.decode(parse_options(self.headers.get("Content-Type", ""))[1].get(
-            "charset", "utf-8"))
-
-    @property
-    def json(self) -> object:
-        """Raises ValueError where the body is no JSON."""
-        return json_loads(self.body)
-
-
-def format_form(form: dict, files: dict) -> Tuple[str, bytes]:
-    """Fields and files -> (Content-Type, body), as browsers write them (RFC 7578)."""
-    boundary, body = os.urandom(16).hex(), b""
-    for name, value in chain(each_value(form), each_value(files)):
-        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{escape_name(name)}"'
-        if hasattr(value, "read"):
-            value = os.path.basename(getattr(value, "name", name)), value.read()
-        if isinstance(value, tuple):
-            filename, value, kind = (*value, "application/octet-stream")[:3]
-            head += f'; filename="{escape_name(filename)}"\r\nContent-Type: {kind}'
-        data = value if isinstance(value, bytes) else str(value).encode("utf-8")
-        body += head.encode("utf-8") + b"\r\n\r\n" + data + b"\r\n"
-    return f"multipart/form-data; boundary={boundary}", body + f"--{boundary}--\r\n".encode()
-
-
-def each_value(fields: dict) -> Iterator[Tuple[str, Any]]:
-    """{"a": 1, "b": [2, 3]} -> ("a", 1), ("b", 2), ("b", 3)."""
-    return ((name, one) for name, value in fields.items()
-            for one in (value if isinstance(value, list) else [value]))
-
-
-def escape_name(name: str) -> str:
-    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
-
-
-class TestClient:
-    """Ask a WSGI application: `TestClient(app).get("/hello/Ada").json["hello"] -> "Ada"`.
-
-    Cookies that an answer sets are sent from then on (`client.cookies`: name to value).
-    """
-
-    __test__ = False  # pytest: this is no test
-
-    def __init__(self, app: Callable) -> None:
-        self.app = app
-        self.cookies: Dict[str, str] = {}
-
-    def request(self, method: str, path: str, headers: Optional[Dict[str, str]] = None, *,
-                query: Optional[dict] = None, body: Union[bytes, str] = b"",
-                json: object = None, form: Optional[dict] = None,
-                files: Optional[dict] = None) -> Answer:
-        """One request. `path` may hold a query; `json`, `form` and `files` make the body and its
-        type. A file is open, or (filename, bytes), or (filename, bytes, content type).
-        """
-        data = body.encode("utf-8") if isinstance(body, str) else body
-        given = HeaderDict(headers or {})
-        if json is not None:
-            data = json_dumps(json).encode("utf-8")
-            given.setdefault("Content-Type", "application/json")
-        elif files is not None:
-            given["Content-Type"], data = format_form(form or {}, files)
-        elif form is not None:
-            data = format_query(form).encode("ascii")
-            given.setdefault("Content-Type", "application/x-www-form-urlencoded")
-        if self.cookies and "Cookie" not in given:
-            given["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
-        path, _, text = path.partition("?")
-        if query:
-            text = (text and text + "&") + format_query(query)
-        answer = self._call(self._environ(method, path, text, given, data))
-        for line in answer.headers.getall("Set-Cookie"):
-            pair, *attributes = line.split(";")
-            name, _, value = pair.partition("=")
-            self.cookies[name] = value
-            if any(a.strip().lower() in ("max-age=0", "max-age=-1") for a in attributes):
-                del self.cookies[name]
-        return answer
-
-    get = partialmethod(request, "GET")  # (path, headers, …), as the next ones
-    head = partialmethod(request, "HEAD")
-    post = partialmethod(request, "POST")
-    put = partialmethod(request, "PUT")
-    patch = partialmethod(request, "PATCH")
-    delete = partialmethod(request, "DELETE")
-    options = partialmethod(request, "OPTIONS")
-
-    def _environ(self, method: str, path: str, query: str, headers: HeaderDict,
-                 data: bytes) -> Dict[str, Any]:
-        environ = {
-            "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": query,
-            "PATH_INFO": percent_decode(path).decode("latin-1"),
-            "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1",
-            "REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "localhost", "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(data), "wsgi.errors": sys.stderr,
-            "wsgi.multithread": False, "wsgi.multiprocess": False, "wsgi.run_once": False}
-        if data:
-            environ["CONTENT_LENGTH"] = str(len(data))
-        for name, value in headers.allitems():
-            key = name.upper().replace("-", "_")
-            environ[key if key == "CONTENT_TYPE" else "HTTP_" + key] = text_to_wsgi(str(value))
-        return environ
-
-    def _call(self, environ: Dict[str, Any]) -> Answer:
-        (status, headers, _), body = call_wsgi(self.app, environ)
-        try:
-            check_status(status)
-            for pair in headers:
-                format_field(tuple(pair))
-            return Answer(status, headers, body if type(body) is bytes else b"".join(body))
-        finally:
-            close_all(body)
-
-
-# === 13. Event loop ===========================================================
+# === 12. Event loop ===========================================================
 # One loop, which changes threads when user code blocks. Three things have owners, and each changes
 # hands by one atomic container operation, never by a flag and a check:
 #   the loop       one ticket. In the hand of the thread that runs the loop, on that thread's own
@@ -4106,6 +4026,7 @@ SWEEP_SECONDS = 0.25        # deadlines are looked at no more often
 HEARTBEAT_SECONDS = 5.0
 PAUSE_SECONDS = 0.5         # no descriptors: the listeners are left for so long
 ACCEPT_BATCH = 16           # connections a turn; the others wait, and so do those behind them
+POLL_BATCH = 32             # events a turn; in a burst, what awaits begins with the first of them
 DRAIN_IDLE_SECONDS = 2.0    # a draining worker closes what stays idle for so long (RFC 9112 9.3.1)
 SHUT_DOWN_SECONDS = 0.2     # threads that no user code holds end in less
 LINGER_SECONDS = 2.0        # input is read and dropped for so long, so that the answer arrives
@@ -4150,20 +4071,26 @@ class Waker:
         self.reader.setblocking(False)
         self.writer.setblocking(False)
         self.fd = self.reader.fileno()
+        self.rung = False                  # FAST: one system call for all who wake it
         self.kept: Optional[int] = None    # whom signals woke before
         self.handlers: Dict[int, Any] = {}  # and what they called
 
     def wake(self) -> None:
-        try:
-            self.writer.send(b"x")
-        except OSError:  # full: it wakes anyway
-            pass
+        if not self.rung:
+            self.rung = True
+            try:
+                self.writer.send(b"x")
+            except OSError:  # full: it wakes anyway
+                pass
 
     def drain(self) -> bytes:
+        """Whoever is woken looks at what there is afterwards."""
         try:
             return self.reader.recv(4096)
         except OSError:
             return b""
+        finally:
+            self.rung = False
 
     def wait(self, timeout: float) -> None:
         self.reader.settimeout(timeout)
@@ -4201,7 +4128,7 @@ class Hand:
         self.thread: Any = None
 
 
-IDLE, HEAD, BODY, WRITE, LINGER = "idle", "head", "body", "write", "linger"
+IDLE, HEAD, BODY, WRITE, LINGER, AWAY = "idle", "head", "body", "write", "linger", "away"
 
 
 class Connection:
@@ -4221,7 +4148,7 @@ class Connection:
         self.mask = IN            # what the poller watches it for: want, or OFF
         self.phase = IDLE
         self.deadline = deadline  # monotonic seconds
-        self.exchange: Any = None  # an Exchange that is begun, and not ended
+        self.exchange: Any = None  # an Exchange that is begun, and not ended; AWAY: see leave_http
 
 
 class Loop:
@@ -4252,6 +4179,7 @@ class Loop:
         self.waiting: Deque[Tuple[float, "Exchange"]] = deque()
         self.spares: List[Hand] = []
         self.hands: List[Hand] = []
+        self.aside = Hand()            # asyncio's thread: it never has the loop
         self.nobody = Hand()           # on its table the ticket lies when no thread is free for it
         self.nobody.table.append(0.0)
         self.holder = self.nobody
@@ -4272,7 +4200,11 @@ class Loop:
 
     def on_heartbeat(self, now: float) -> None:
         """Every few seconds, on the monitor: find the calls that last too long."""
-        for hand in list(self.hands):
+        aside = self.aside
+        if not aside.since and bridge.pid == os.getpid():  # what blocks there answers too late
+            aside.since, aside.thread = now, bridge.thread
+            bridge.loop.call_soon_threadsafe(setattr, aside, "since", 0.0)
+        for hand in [*self.hands, aside]:
             since = hand.since
             if since and now - since > self.settings.worker_timeout and since != hand.hung:
                 hand.hung = since
@@ -4316,7 +4248,10 @@ class Loop:
         for c in list(self.connections.values()):
             if c.exchange is not None and self.ready.get(c.fd) is c:
                 self.release(c.exchange, me)
-            self.close(c)
+            try:  # asyncio watches the number of what is away: it sees the end, and closes
+                c.sock.shutdown(socket.SHUT_RDWR) if c.phase is AWAY else self.close(c)
+            except OSError:
+                pass
         self.on_turn(me)
         self.poller.close()
         self.waker.close()
@@ -4469,7 +4404,9 @@ class Loop:
     def turn(self, me: Hand) -> None:
         """One poll, and what is due. Returns early when another thread has the loop."""
         ready, again = self.ready, self.again
-        for fd, _ in self.poller.poll(0 if again else self.poll_timeout(), 256):
+        if bridge.inbox:  # FAST: asyncio is woken once for all of a turn
+            bridge.ring()
+        for fd, _ in self.poller.poll(0 if again else self.poll_timeout(), POLL_BATCH):
             c = ready.pop(fd, None)
             if c is None:
                 self.on_other_event(fd)
@@ -4551,7 +4488,7 @@ class Loop:
                 del self.connections[c.fd]
                 try:
                     self.poller.unregister(c.fd)
-                except OSError:
+                except (OSError, ValueError):  # it was away; the poller is closed
                     pass
         c.sock.close()
         c.exchange = None
@@ -4617,8 +4554,13 @@ class Loop:
             self.close_listeners(now)
         if now >= self.sweep_at:
             self.expire(me, now)
-        if self.draining and not self.connections:
-            self.stop()
+        if self.draining:
+            for c in list(self.connections.values()):
+                if c.phase is AWAY and c.exchange is not None:
+                    bridge.loop.call_soon_threadsafe(c.exchange)
+                    c.exchange = None
+            if not self.connections:
+                self.stop()
 
     def close_listeners(self, now: float) -> None:
         """When their backlog is empty. What is idle ends a while later: a close at once would cross
@@ -4664,18 +4606,20 @@ class Loop:
         self.bell.wake()
 
 
-# === 14. Server connection ====================================================
+# === 13. Server connection ====================================================
 # HTTP on the loop: a head is read and parsed, its body collected, the application called, the
 # answer sent. What the socket does not take of bytes or of a file waits in the loop; an iterator
 # that is not done leaves the loop together with its thread, since what it holds may be bound to it.
 
 TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
 RECV_BYTES = 1 << 16
+SEND_BYTES = 1 << 10           # a socket that takes any takes so many at once
 SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
 MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # RFC 9110 15.2.1
+SWITCHING = "101 Switching Protocols"
 
 # How a head ends, and so whether the connection goes on after the answer.
 KEEP = b"\r\n"
@@ -4729,7 +4673,8 @@ class Exchange:
                 raise exc_info[1].with_traceback(exc_info[2])
         bodiless = statuses.get(status)
         if bodiless is None:
-            bodiless = check_status(status)
+            bodiless = (status == SWITCHING and bool(self.environ.get("minibottle.upgrade"))
+                        or check_status(status))
         self.bodiless = bodiless or self.environ["REQUEST_METHOD"] == "HEAD"
         lines = [b""]
         self.length = None
@@ -4745,6 +4690,8 @@ class Exchange:
             elif kind == OURS:
                 self.ours += (field[0].lower(),)
                 lines.append(line)
+            elif field[0].lower() == "upgrade" and status[:3] in ("101", "426"):
+                lines.append(line + b"Connection: Upgrade\r\n")  # RFC 9110 7.8, 15.5.22
             else:
                 note_once(field[0].lower(), "hop-by-hop header %s of the application dropped",
                           field[0])
@@ -4862,7 +4809,6 @@ class Worker(Loop):
         self.app = app.__call__ if hasattr(type(app).__call__, "__code__") else app
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
-        self.aside = Hand()                  # asyncio's thread: it never has the loop
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
         import logging
@@ -4904,11 +4850,6 @@ class Worker(Loop):
             "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
             "minibottle.settings": self.settings})
         return environ
-
-    def open(self) -> Worker:
-        """Call what the application wants called before it serves."""
-        run_lifecycle(self.target, "start")
-        return self
 
     def shut_down(self) -> None:
         super().shut_down()
@@ -4959,7 +4900,13 @@ class Worker(Loop):
         self.collect(c.exchange, me)
 
     def advance(self, c: Connection, me: Hand) -> None:
-        """c.buf has bytes of a head, and perhaps of what follows it."""
+        """c.buf has bytes of a head, and perhaps of what follows it; or asyncio has its answer."""
+        x = c.exchange
+        if x is not None:
+            result, x.result = x.result, None
+            if type(result) is list:
+                return self.send_list(x, result, monotonic(), me)
+            return self.respond(x, result, me)
         head, end, rest = c.buf.partition(b"\r\n\r\n")
         try:
             if not end or len(head) > self.safe_head:
@@ -5024,6 +4971,8 @@ class Worker(Loop):
         if length > limit:
             return self.refuse(c, BadRequest(f"body over {limit} bytes (max_body)", 413), me)
         if not length:
+            if "HTTP_UPGRADE" in environ and environ["SERVER_PROTOCOL"] == "HTTP/1.1":
+                environ["minibottle.upgrade"] = []  # a 101 puts there what leave_http calls
             return self.call(x, me)
         buf = bytearray(c.buf)
         decoder = iter_chunked(buf, limit) if length < 0 else iter_counted(buf, length)
@@ -5169,6 +5118,11 @@ class Worker(Loop):
     def send_whole(self, x: Exchange, body: bytes, me: Hand) -> None:
         """What send_list() leaves: a body to be compressed, one that does not fit its
         Content-Length, or none (RFC 9110 6.4.1)."""
+        if x.status == SWITCHING:
+            lines = [line for line in x.lines if line[:13].lower() != b"content-type:"]
+            data = self.make_prefix(x, monotonic()) + b"".join(lines) + KEEP
+            x.ending, x.head_sent, x.sent = CLOSE, True, 0  # HTTP ends here
+            return self.send(x, data, monotonic(), me)
         size = len(body) or None  # an application may leave out what HEAD does not send
         length = size if x.length is None else x.length
         if length != size and not x.bodiless:
@@ -5231,7 +5185,7 @@ class Worker(Loop):
                 self.waker.wake()
         c.exchange = None
         if x.ending is CLOSE:
-            return self.farewell(c)
+            return self.leave_http(x) if x.status == SWITCHING else self.farewell(c)
         c.phase = IDLE
         c.deadline = now + self.keepalive_timeout
         if c.buf:  # of a next request
@@ -5242,6 +5196,23 @@ class Worker(Loop):
             self.ready[c.fd] = c  # give(), inline
             if c.mask != IN:
                 self.rearm(c)
+
+    def leave_http(self, x: Exchange) -> None:
+        """101 is sent (RFC 9110 7.8): begin(c, close) is called in asyncio's thread. c.sock is its
+        own, c.buf came after the head, close(c) ends it; what begin returns is called when the
+        server stops, and has `grace` to end. Until it is closed it counts as a connection."""
+        c, begin = x.connection, x.environ["minibottle.upgrade"][-1]
+        with self.lock:
+            c.phase, c.mask = AWAY, OFF
+            self.poller.unregister(c.fd)
+
+        def enter() -> None:
+            try:
+                c.exchange = begin(c, self.close)
+            except Exception as error:
+                log.error("%s: the upgrade failed", x.describe(), exc_info=error)
+                self.close(c)
+        bridge.start().call_soon_threadsafe(enter)
 
     def abort(self, x: Exchange, me: Hand) -> None:
         """The client is gone, or the answer broke off: reset, as it must not look whole."""
@@ -5277,8 +5248,9 @@ class Worker(Loop):
 
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
-        if type(result) is Pending:
-            return bridge.spawn(result.context, self.respond_async(x, result))
+        if type(result) in (Pending, AsyncBody):
+            bridge.inbox.append((result.context, self.respond_async(x, result)))
+            return None if me.holds else bridge.ring()  # the loop does it before it polls
         x.result = result
         try:
             x.iterator = self.user(me, iter, result)
@@ -5328,10 +5300,10 @@ class Worker(Loop):
             if budget < 0:
                 x.plan.blocked()
                 self.leave(me)
-            if not me.holds and x.head_sent and x.chunked and any(
-                    name.lower() == "content-type" and value.startswith("text/event-stream")
-                    for name, value in x.headers) and is_at_end(x.connection.sock):
-                return self.abort(x, me)  # of other streams such a reader may still listen
+            # who closes its side may still listen, but not who reads events
+            if not me.holds and x.head_sent and x.chunked and is_event_stream(x.headers) \
+                    and is_at_end(x.connection.sock):
+                return self.abort(x, me)
 
     def transmit(self, x: Exchange, data: bytes, me: Hand) -> bool:
         """Send all of it; where the socket takes no more, leave the loop and wait. False: the
@@ -5394,21 +5366,54 @@ class Worker(Loop):
 
     # -- on asyncio --
 
-    async def respond_async(self, x: Exchange, pending: Pending) -> None:
-        """See a request to its end whose application awaits. Meanwhile no thread has it."""
-        me = self.aside
+    async def respond_async(self, x: Exchange, result: Any) -> None:
+        """See a request to its end whose application awaits; meanwhile no thread has it. What comes
+        of it goes out on the loop, but for what streams from asyncio."""
         if x.plan.cancel:
             self.cancel_at_end(x)
         try:
-            result: Any = await pending
-            if type(result) is list:
-                return self.send_list(x, result, monotonic(), me)
-            x.task = None  # what is sent in pieces may block: it has a thread, and its own end
-            await bridge.loop.run_in_executor(None, self.respond, x, result, Hand())
+            if type(result) is Pending:
+                result = await result
+            if type(result) is AsyncBody:
+                return await self.pump_async(x, result)
+            x.result = result
+            self.again.append(x.connection)
+            self.waker.wake()
         except bridge.asyncio.CancelledError:
-            self.abort(x, me)
+            self.abort(x, self.aside)
         except BaseException as error:
-            self.on_error(x, error, me)
+            self.on_error(x, error, self.aside)
+
+    async def pump_async(self, x: Exchange, body: AsyncBody) -> None:
+        """pump(), of an asynchronous iterator: as fast as the client takes it."""
+        step: Callable = bytes
+        end: Callable = bytes
+        if is_event_stream(x.headers):
+            self.cancel_at_end(x)
+        try:
+            if self.negotiate(x, x.length):
+                step, end = gzip_coder(self.settings.gzip_level)
+            if not x.bodiless:
+                async for piece in body:
+                    if piece:
+                        await self.transmit_async(x, self.frame(x, step(piece)))
+        finally:
+            await body.aclose()
+        self.send_last(x, end(), self.aside)
+
+    async def transmit_async(self, x: Exchange, data: bytes) -> None:
+        """transmit(), without a thread. Raises ClientGone."""
+        sock, view = x.connection.sock, memoryview(data)
+        try:
+            while view:
+                try:
+                    view = view[sock.send(view):]
+                except (BlockingIOError, InterruptedError):  # a little of it waits for its room
+                    step = bridge.loop.sock_sendall(sock, view[:SEND_BYTES])
+                    await bridge.asyncio.wait_for(step, self.settings.write_timeout)
+                    view = view[SEND_BYTES:]
+        except (OSError, bridge.asyncio.TimeoutError):
+            raise ClientGone("while the answer was sent") from None
 
     def cancel_at_end(self, x: Exchange) -> None:
         """Have this task cancelled when the client closes its side; it may have done so."""
@@ -5492,7 +5497,7 @@ class Worker(Loop):
         frame = sys._current_frames().get(hand.thread.ident)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         log.error("worker timeout on %s: %.0f s in one call (worker_timeout)\n%s",
-                  x.describe() if x else "?", seconds, stack)
+                  x.describe() if x else "a coroutine", seconds, stack)
 
     # -- the access log --
 
@@ -5520,6 +5525,11 @@ class Worker(Loop):
         if self.log_lines:
             lines = [self.log_lines.popleft() for _ in range(len(self.log_lines))]
             self.user(me, write_to, sys.stdout, "\n".join(lines) + "\n")
+
+
+def is_event_stream(headers: List[Tuple[str, str]]) -> bool:
+    return any(name.lower() == "content-type" and value.startswith("text/event-stream")
+               for name, value in headers)
 
 
 def is_at_end(sock: socket.socket) -> bool:
@@ -5617,7 +5627,7 @@ class LogStream(io.TextIOBase):
         return len(text)
 
 
-# === 15. Workers ==============================================================
+# === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target, which may call run(), and tells the master over its own pair of sockets (the link)
 # what settings hold then; the first one's say where to listen, and the listeners come back. The
@@ -5695,7 +5705,8 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
             signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT)), on_signal))
     print_started(sockets, "one process", settings)
     try:
-        worker.open().monitor()
+        run_lifecycle(app, "start")
+        worker.monitor()
         bridge.cancel_all(SHUT_DOWN_SECONDS)
     finally:
         unlink_sockets()
@@ -5837,7 +5848,7 @@ class Master:
         worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
         worker.bell.on_signals({signal.SIGTERM: lambda number, frame: worker.drain(),
                                 signal.SIGQUIT: lambda number, frame: worker.stop()})
-        worker.open()
+        run_lifecycle(app, "start")
         worker.on_heartbeat(monotonic())
         tell(link, {"ready": os.getpid()})
         worker.monitor()
@@ -6118,44 +6129,6 @@ def identity(path: str) -> tuple:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-class Server:
-    """A worker in a thread of this process: for tests, and inside another program.
-
-        with Server(app, port=0) as server:
-            urlopen(server.url)
-    """
-
-    def __init__(self, app: Callable, port: int = 8080, host: str = "127.0.0.1",
-                 **settings: object) -> None:
-        if "bind" in settings or "workers" in settings:
-            raise UsageError("a Server has a host and a port, and no workers; run() has them")
-        given = Settings(workers="0", **settings)
-        self.sock = bind(join_port(host, port))
-        self.worker = Worker(app, [self.sock], given)
-        self.worker.drain_idle_seconds = 0.0  # its clients are of this process
-        self.host = host
-        self.port: int = self.sock.getsockname()[1]
-        self.url = format_address(self.sock)
-        self.thread = threading.Thread(target=self.worker.monitor, daemon=True, name="minibottle")
-
-    def start(self) -> "Server":
-        self.worker.open()
-        self.thread.start()
-        return self
-
-    __enter__ = start
-
-    def stop(self) -> None:
-        """From any thread: end what is begun, within `grace`, and free the port."""
-        if self.thread.ident is None:  # it was not started
-            return self.worker.shut_down()
-        self.worker.drain()
-        self.thread.join(self.worker.settings.grace + 2.0)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-
 def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
           is_target: bool) -> int:
     """Serve with a master, or alone where there can be none; the exit status."""
@@ -6180,7 +6153,7 @@ def reason_to_be_alone(workers: str) -> Optional[str]:
     return None
 
 
-# === 16. Default app and command line =========================================
+# === 15. Default app and command line =========================================
 # The module-level shortcuts of Bottle, run(), and `python minibottle.py module:name`.
 
 def make_default_app_wrapper(name: str) -> Callable:
@@ -6210,17 +6183,26 @@ def load_app(target: str) -> Callable:
         NORUN = before
 
 
-# -- to be found by those who look for Bottle --
+# -- what is found under our name --
 
-class ExtFinder:
-    """Finds bottle_x for `from minibottle.ext import x`, under whatever name this file goes."""
+class Finder:
+    """Finds bottle_x for `from minibottle.ext import x`, and the files that may lie beside this one
+    for `from minibottle.client import fetch`; under whatever name this file goes."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
-        from importlib.machinery import ModuleSpec
+        from importlib.util import spec_from_file_location, spec_from_loader
         owner, _, child = name.rpartition(".")
         found = sys.modules.get(owner)
-        if found is ext or child == "ext" and getattr(found, "ext", None) is ext:
-            return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+        is_ours = getattr(found, "ext", None) is ext
+        if found is ext or is_ours and child == "ext":
+            return spec_from_loader(name, self, is_package=True)  # type: ignore[arg-type]
+        if is_ours and child in COMPANIONS:
+            here = os.path.dirname(os.path.abspath(__file__))
+            for path in (f"{here}/{child}.py", f"{here}/examples/{child}.py"):
+                if os.path.isfile(path):
+                    return spec_from_file_location(name, path)
+            raise ModuleNotFoundError(f"{name} is a file of its own: lay examples/{child}.py of "
+                                      f"minibottle's beside {__file__}", name=name)
 
     create_module = do_nothing  # Python makes it
 
@@ -6233,7 +6215,22 @@ class ExtFinder:
 ext: Any = type(sys)(__name__ + ".ext")
 __path__: list = []  # for the import system both are packages
 ext.__file__, ext.__path__ = __file__, __path__
-sys.meta_path.append(ExtFinder())
+sys.meta_path.append(Finder())
+
+COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
+    "adapters": "WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
+    "cross_origin": "cross_origin_protection", "events": "event_stream",
+    "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
+    "testing": "Server TestClient",
+    "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
+
+
+def __getattr__(name: str) -> Any:
+    """minibottle.fetch is client.py's (PEP 562)."""
+    for file, names in COMPANIONS.items():
+        if name in names.split():
+            return getattr(import_module(f"{THIS}.{file}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def install_as_bottle() -> None:
@@ -6262,36 +6259,21 @@ class ServerAdapter:
         raise NotImplementedError
 
 
-class WSGIRefServer(ServerAdapter):
-    """The standard library's, one request at a time: for tests."""
-
-    def run(self, handler: Callable) -> None:
-        from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
-        server = self.options.get("server_class", WSGIServer)
-        family = socket.AF_INET6 if ":" in self.host else server.address_family
-        silence = {"log_request": lambda *args: None} if self.quiet else {}
-        self.srv: Any = make_server(
-            self.host, self.port, handler, type("S", (server,), {"address_family": family}),
-            type("H", (self.options.get("handler_class", WSGIRequestHandler),), silence))
-        self.port = self.srv.server_port
-        with self.srv:
-            self.srv.serve_forever()
-
-
 server_names: Dict[str, Any] = dict.fromkeys((  # None: the server of this file
     "minibottle auto aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn "
     "meinheld paste rocket tornado twisted uvloop waitress").split())
-server_names["wsgiref"] = WSGIRefServer
+server_names["wsgiref"] = f"{THIS}.adapters:WSGIRefServer"
 
 
 def make_adapter(server: Any, host: str, port: Any, options: dict) -> Optional[ServerAdapter]:
     """A name, "module:Class", class or instance -> the instance; None: the server of this file."""
     if isinstance(server, str):
-        name, server = server, server_names[server] if server in server_names else load(server)
+        name, server = server, server_names.get(server, server)
         if server is None:
             if name not in ("minibottle", "auto"):
                 print_line(f"server={name!r}: minibottle serves by itself")
             return None
+        server = load(server) if isinstance(server, str) else server
     if isinstance(server, type):
         server = server(host, port, **options)
     if not isinstance(server, ServerAdapter):

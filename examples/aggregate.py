@@ -9,8 +9,7 @@ root:
 
 import asyncio
 
-from examples.client import ClientError, fetch
-from minibottle import App, abort
+from minibottle import App, ClientError, abort, fetch
 
 app = App()
 SERVICES = {"stock": (0.1, 7), "price": (0.2, "1.10"), "reviews": (60, "good")}

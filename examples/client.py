@@ -1,7 +1,6 @@
 """An HTTP/1.1 client on asyncio: one file to lay beside minibottle.py, whose codec it uses.
 
-    from minibottle import App
-    from client import fetch
+    from minibottle import App, fetch
 
     app = App()
 
@@ -11,7 +10,7 @@
         return {"found": answer.json, "said": answer.status_code}
 
 Run that with `python minibottle.py app`. A script without asyncio calls fetch_sync(url, ...). For
-limits of one's own, and for bodies piece by piece:
+limits of one's own, and for bodies piece by piece (`from minibottle import Client`):
 
     async with Client(max_per_host=10, max_body=1 << 30, timeout=None) as client:
         async with client.stream("GET", url) as answer:
@@ -36,12 +35,11 @@ from functools import lru_cache, partial
 from urllib.parse import unquote, urljoin, urlsplit
 from weakref import WeakValueDictionary
 
-import minibottle
-from minibottle import (
+from . import (
     BODY_LENGTH, FIELD_LINE, HOP_BY_HOP, KINDS, LAST_CHUNK, TOKEN, BadRequest, HeaderDict,
-    MultiDict, bridge, explain_field_line, format_field, format_query,
-    frame_chunk, iter_chunked, iter_counted, join_field, json_dumps, known_answer, parse_framing,
-    percent_encode, text_to_wsgi, wsgi_to_text)
+    MultiDict, __version__, bridge, explain_field_line, format_field, format_query, frame_chunk,
+    iter_chunked, iter_counted, join_field, json_dumps, json_loads, known_answer, parse_framing,
+    parse_options, percent_encode, text_to_wsgi, wsgi_to_text)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ SAFE = "!#$%&'()*+,/:;=?@[]~"               # stays as it is in a URL; the rest 
 REDIRECTS = (301, 302, 303, 307, 308)
 IDEMPOTENT = ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE")   # RFC 9110 9.2.2
 SECRET = ("Authorization", "Cookie", "Proxy-Authorization", "Host")  # for one origin only
-DEFAULT_HEADERS = (("User-Agent", "minibottle/" + minibottle.__version__), ("Accept", "*/*"),
+DEFAULT_HEADERS = (("User-Agent", "minibottle/" + __version__), ("Accept", "*/*"),
                    ("Accept-Encoding", "gzip, deflate"))
 
 
@@ -216,7 +214,7 @@ class Message:
 STATUS_LINE = re.compile(r"HTTP/(1\.[01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 
 
-class Answer(minibottle.Answer):
+class Answer:
     """`status_code`, `headers`, `url` and, once it is read, `body`, `text` and `json`."""
 
     def __init__(self, head: bytes) -> None:
@@ -238,6 +236,19 @@ class Answer(minibottle.Answer):
                 raise BadRequest(f"{explain_field_line(line)} in header line {line[:60]!a}")
             if "_" not in match[1]:  # as in a request: X_A would pass for X-A
                 self.headers.append(match[1], wsgi_to_text(match[2].strip(" \t"), "replace"))
+
+    @property
+    def text(self) -> str:
+        kind = self.headers.get("Content-Type", "")
+        return self.body.decode(parse_options(kind)[1].get("charset", "utf-8"))
+
+    @property
+    def json(self) -> Any:
+        """Raises ValueError where the body is no JSON."""
+        return json_loads(self.body)
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status}, {len(self.body)} bytes>"
 
     def is_kept_alive(self) -> bool:
         """May the connection serve another request? RFC 9112 9.3."""
