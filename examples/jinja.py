@@ -11,8 +11,6 @@ import sys
 from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-import jinja2
-
 from . import BaseTemplate, template, view
 
 
@@ -21,6 +19,7 @@ class Jinja2Template(BaseTemplate):
 
     def prepare(self, filters: Mapping = {}, tests: Mapping = {}, globals: Mapping = {},
                 **settings: Any) -> None:
+        import jinja2
         self.env = jinja2.Environment(loader=jinja2.FunctionLoader(self.load), **settings)
         self.env.filters.update(filters)
         self.env.tests.update(tests)
