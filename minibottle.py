@@ -95,7 +95,7 @@ from collections.abc import Mapping, MutableMapping
 from contextvars import Context, ContextVar, copy_context
 from functools import cached_property, lru_cache, partial, update_wrapper, wraps
 from importlib import import_module
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from operator import attrgetter
 
 TYPE_CHECKING = False
@@ -111,8 +111,8 @@ __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "static_file app apps default_app AppStack route get post put delete patch error hook install "
-    "uninstall mount url make_default_app_wrapper yieldroutes load load_app run install_as_bottle "
-    "ServerAdapter Settings ResourceManager JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
+    "uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
+    "Settings ResourceManager JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
     "TemplateError debug BaseRequest BaseResponse LocalRequest LocalResponse FileUpload "
     "CookieError MultipartError auth_basic parse_auth cookie_encode cookie_decode "
     "cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route "
@@ -166,7 +166,7 @@ class UsageError(Exception):
 
 SETTINGS = (
     # name, default (its type is the setting's), what it is: times in seconds, sizes in bytes
-    ("bind", ("127.0.0.1:8080",), "address: host:port, [::1]:port or unix:/path (repeatable)"),
+    ("bind", ("127.0.0.1:8080",), "host:port, [::1]:port, unix:/path or fd:3 (repeatable)"),
     ("workers", "1", "worker processes: a number, auto (one a CPU) or 0 (no master process)"),
     ("max_threads", 32, "threads for code that blocks, per worker"),
     ("queue_timeout", 30.0, "a request waits this long for a thread, then 503"),
@@ -177,6 +177,7 @@ SETTINGS = (
     ("write_timeout", 30.0, "without progress while an answer is sent: closed"),
     ("worker_timeout", 120.0, "in one uninterrupted call: logged, and the worker is replaced"),
     ("grace", 10.0, "what is being answered has this long to end when the server stops"),
+    ("max_requests", 0, "then a worker is replaced, give or take a tenth (0: never)"),
     ("max_request_line", 8192, "then 414"),
     ("max_header_bytes", 32768, "all header lines of a request together, then 431"),
     ("max_headers", 100, "header lines in a request, then 431"),
@@ -190,6 +191,7 @@ SETTINGS = (
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
     ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
+    ("log_file", "-", "all that is printed goes to the end of this file (USR1 reopens it)"),
 )
 
 
@@ -200,6 +202,7 @@ class Settings:
     """
 
     workers: str
+    log_file: str
     max_connections: int
     max_body: int
     if TYPE_CHECKING:  # at run time it would slow each read of a setting
@@ -214,6 +217,8 @@ class Settings:
                      "worker_timeout"):
             if not getattr(self, name):
                 raise UsageError(f"setting {name}: with 0 nobody would be served")
+        if self.log_file != "-":  # it is opened again, maybe from another directory
+            self.log_file = os.path.abspath(self.log_file)
         if given:
             unknown = ", ".join(sorted(given))
             raise UsageError(f"unknown setting {unknown}; there are {', '.join(vars(self))}")
@@ -230,12 +235,13 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
     elif kind is bool:
         if isinstance(value, bool):
             return value
-    elif re.fullmatch(SETTING_FORMS[kind], str(value)):
+    elif re.fullmatch(SETTING_FORMS.get(name) or SETTING_FORMS[kind], str(value)):
         return kind(value)
     raise UsageError(f"setting {name}: {value!r} does not fit (its default is {default!r})")
 
 
-SETTING_FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?", str: "auto|[0-9]{1,4}"}
+SETTING_FORMS: Dict[Any, str] = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?",
+                                 str: r"[^\0]+", "workers": "auto|[0-9]{1,4}"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -5632,7 +5638,11 @@ class LogStream(io.TextIOBase):
 # the target, which may call run(), and tells the master over its own pair of sockets (the link)
 # what settings hold then; the first one's say where to listen, and the listeners come back. The
 # board is shared memory, two numbers a worker: when its heart last beat (monotonic seconds; 0.0: it
-# does not serve yet) and how many connections it has.
+# does not serve yet; negative: it drains) and how many connections it has. The slot that a worker
+# has there is another's when it has ended; the last number of all tells how many slots there are.
+#
+# A worker goes, whatever the cause (HUP, TTOU, a call that hangs, max_requests), when more serve
+# than are wanted: its successor is there before, and one that cannot start leaves all as it is.
 
 MAX_WORKERS = 1000
 MAX_BACKOFF_SECONDS = 30             # after 1, 2, 4, 8 and 16
@@ -5649,10 +5659,14 @@ class Served(Worker):
     def __init__(self, app: Callable, sockets: List[socket.socket], settings: Settings,
                  board: Any, slot: int, link: socket.socket) -> None:
         super().__init__(app, sockets, settings)
-        self.workers = count_workers(settings.workers)
         self.board = board
         self.slot = slot
         self.link = link
+        self.requests_left = 0.0
+        if settings.max_requests:  # not all at the same time
+            import random
+            self.requests_left = settings.max_requests * random.uniform(0.9, 1.1)
+            self.finish = self.finish_and_count  # type: ignore[method-assign]
         self.watched[link.fileno()] = self.on_master_gone
         self.poller.register(link.fileno(), IN)
 
@@ -5663,58 +5677,79 @@ class Served(Worker):
 
     def on_heartbeat(self, now: float) -> None:
         super().on_heartbeat(now)
-        self.board[2 * self.slot] = now
+        self.show(now)
+
+    def show(self, now: float) -> None:
+        self.board[2 * self.slot] = -now if self.draining else now
         self.board[2 * self.slot + 1] = len(self.connections)
+
+    def drain(self) -> None:
+        super().drain()
+        self.show(monotonic())
 
     def close(self, c: Connection) -> None:
         super().close(c)
         self.board[2 * self.slot + 1] = len(self.connections)
 
     def on_hung(self, hand: Hand, seconds: float) -> None:
-        """The master starts another worker; this one ends what else it has begun."""
+        """The master starts another worker; when that serves, this one is told to drain."""
         super().on_hung(hand, seconds)
-        if not self.draining:
+        tell(self.link, {"retiring": os.getpid()})
+
+    def finish_and_count(self, x: Exchange, now: float, me: Hand) -> None:
+        super().finish(x, now, me)
+        left = self.requests_left = self.requests_left - 1
+        if -1 < left <= 0:
             tell(self.link, {"retiring": os.getpid()})
-            self.drain()
 
     def is_full(self) -> bool:
         """Or more than its share? The kernel does not balance: the worker that is awake takes
         nearly all of a burst."""
         count = self.board[2 * self.slot + 1] = len(self.connections)
-        end = 4 * self.workers  # those that end have slots, too
-        mean = sum(self.board[1:end:2]) / max(1, sum(map(bool, self.board[0:end:2])))
-        is_crowded = self.workers > 1 and count > mean * 1.125 + 2
+        end = int(self.board[-1]) * 2
+        counts = [n for n, beat in zip(self.board[1:end:2], self.board[0:end:2]) if beat > 0]
+        is_crowded = len(counts) > 1 and count > sum(counts) / len(counts) * 1.125 + 2
         return is_crowded and not self.draining or super().is_full()
 
 
 def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> None:
     """Serve in this process until a signal; in a thread that is not the main one, for good."""
     settings = Settings(**{**defaults, **options, **flags})
-    sockets = bind_all(settings.bind)
     settings.workers = "0"
-    worker = Worker(app, sockets, settings)
+    sockets: List[socket.socket] = []
 
     def on_signal(number: int, frame: object) -> None:
-        if worker.draining or number not in (signal.SIGTERM, signal.SIGINT):
+        if number == getattr(signal, "SIGUSR1", None):
+            open_log(settings.log_file, again=True)
+        elif worker.draining or number not in (signal.SIGTERM, signal.SIGINT):
             worker.stop()
         else:
             worker.drain()
 
-    if threading.current_thread() is threading.main_thread():
-        worker.bell.on_signals(dict.fromkeys((
-            signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGQUIT", signal.SIGINT)), on_signal))
-    print_started(sockets, "one process", settings)
     try:
+        open_log(settings.log_file)
+        for address in settings.bind:
+            sockets.append(bind(address))
+        worker = Worker(app, sockets, settings)
+        if threading.current_thread() is threading.main_thread():
+            names = {"SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"} & set(dir(signal))
+            worker.bell.on_signals({getattr(signal, name): on_signal for name in names})
         run_lifecycle(app, "start")
+        print_started(sockets, "one process", settings)
         worker.monitor()
         bridge.cancel_all(SHUT_DOWN_SECONDS)
     finally:
+        for sock in sockets:
+            sock.close()
         unlink_sockets()
 
 
 def tell(link: socket.socket, message: dict) -> None:
     """The master: one JSON line."""
-    link.sendall(json_dumps(message).encode("utf-8") + b"\n")
+    try:
+        link.sendall(json_dumps(message).encode("utf-8") + b"\n")
+    except OSError:  # it is gone, as will be seen
+        pass
 
 
 def receive_sockets(link: socket.socket) -> List[socket.socket]:
@@ -5740,8 +5775,11 @@ class Process:
         self.slot = slot
         self.link = link
         self.began = monotonic()
-        self.retiring = False  # it ends by itself, and another takes its place
-        self.kill_at = 0.0     # it was told to end, for want of a heartbeat, before then
+        self.settings: Any = None  # that hold in it
+        self.serves = False
+        self.old = False           # there is newer code
+        self.retiring = False      # it asks for a successor
+        self.kill_at = 0.0         # it was told to end before then
 
 
 class Master:
@@ -5755,30 +5793,33 @@ class Master:
         self.reloads = reloads    # load() gets new code; else the application is here already
         self.settings = Settings(grace=0)  # and no sockets, until the first worker has booted
         self.sockets: List[socket.socket] = []
-        self.board = memoryview(mmap.mmap(-1, 16 * MAX_WORKERS)).cast("d")
+        self.board = memoryview(mmap.mmap(-1, 64 * MAX_WORKERS + 8)).cast("d")
         self.workers: Dict[int, Process] = {}
         self.wanted = 1
         self.bell = Waker()       # rung by signals only: it holds their numbers
         self.served = False       # some worker has been ready
-        self.stopping = 0.0       # until then workers may end by themselves
+        self.trying = True        # one worker is to show whether the code serves
+        self.asked = False        # HUP came: there is newer code
+        self.stopping = False
         self.status = 0
         self.failures = 0         # workers in a row that did not serve for a second
         self.fork_at = 0.0
-        self.handled = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD,
-                        signal.SIGHUP)
+        self.on_signal: Dict[int, Callable[[], None]] = {
+            signal.SIGTERM: partial(self.stop, signal.SIGTERM), signal.SIGCHLD: do_nothing,
+            signal.SIGINT: partial(self.stop, signal.SIGTERM), signal.SIGUSR1: self.reopen,
+            signal.SIGQUIT: partial(self.stop, signal.SIGKILL),
+            signal.SIGHUP: partial(setattr, self, "asked", True),
+            signal.SIGTTIN: partial(self.want, 1), signal.SIGTTOU: partial(self.want, -1)}
 
     def run(self) -> int:
         """Returns the exit status, when all workers have ended."""
-        self.bell.on_signals(dict.fromkeys(self.handled, do_nothing))
+        self.bell.on_signals(dict.fromkeys(self.on_signal, do_nothing))
         try:
             while self.workers or not self.stopping:
-                while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
-                    self.fork()
+                self.balance()
                 self.wait()
                 for number in self.bell.drain():
-                    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-                        at_once = self.stopping or number == signal.SIGQUIT
-                        self.stop(signal.SIGKILL if at_once else signal.SIGTERM)
+                    self.on_signal[number]()
                 self.reap()
                 self.watch()
         finally:
@@ -5787,30 +5828,76 @@ class Master:
             self.bell.close()
         return self.status
 
+    # -- signals --
+
     def stop(self, number: int) -> None:
-        self.stopping = self.stopping or monotonic() + self.settings.grace + 1.0
+        """TERM, INT: what is begun may end. A second time, and QUIT: at once."""
+        number = signal.SIGKILL if self.stopping else number
+        self.stopping = True
         for sock in self.sockets:
             sock.close()
+        for process in self.workers.values():
+            self.dismiss(process, number)
+
+    def dismiss(self, process: Process, number: int = signal.SIGTERM) -> None:
+        """It has `grace` to end; when it gives no sign of life, a second to write why."""
+        seconds = 1.0 + self.settings.grace * (number != signal.SIGABRT)
+        process.kill_at = process.kill_at or monotonic() + seconds
+        os.kill(process.pid, number)
+
+    def want(self, more: int) -> None:
+        """TTIN, TTOU: a worker more or less."""
+        self.wanted = min(max(1, self.wanted + more), MAX_WORKERS)
+
+    def reopen(self) -> None:
+        """USR1: the log file was moved away."""
         for pid in self.workers:
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGUSR1)
+        open_log(self.settings.log_file, again=True)
 
     # -- workers come and go --
 
+    def balance(self) -> None:
+        """Start whom we want, and let go whom we want no more."""
+        if self.asked and not self.trying:
+            self.asked, self.trying, self.fork_at, self.failures = False, True, 0.0, 0
+            for process in self.workers.values():
+                process.old = True
+            if not self.reloads:
+                log.warning("reload: new workers, but the code is that of when run() was called")
+        while self.missing() > 0 and not self.stopping and monotonic() >= self.fork_at:
+            try:
+                self.fork()
+            except OSError as error:  # no memory, too many processes: those that are here go on
+                log.error("no new worker, for a second: %s", error)
+                self.fork_at = monotonic() + 1.0
+        serving = [p for p in self.workers.values() if p.serves and not p.kill_at]
+        serving.sort(key=lambda p: (p.old, p.retiring, p.began))
+        while len(serving) > self.wanted:
+            self.dismiss(serving.pop())
+
     def missing(self) -> int:
-        return self.wanted - sum(not process.retiring for process in self.workers.values())
+        """How many to start now. Of those that retire, one at a time has its successor."""
+        staying = [p for p in self.workers.values() if not p.old and not p.kill_at]
+        if self.trying:
+            return 1 - len(staying)
+        return self.wanted - len(staying) or any(p.retiring for p in staying)
 
     def fork(self) -> None:
         used = {process.slot for process in self.workers.values()}
-        slot = next(n for n in range(MAX_WORKERS) if n not in used)
+        slot = next(n for n in range(4 * MAX_WORKERS) if n not in used)  # some of them drain
+        self.board[-1] = max(slot, *used, 0) + 1
         ours, theirs = socket.socketpair()
         flush_output()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.handled)  # or our handler takes the child's
-        pid = os.fork()
-        if not pid:
-            ours.close()
-            self.be_child(theirs, slot)  # does not return
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
-        theirs.close()
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.on_signal)  # or our handler takes the child's
+        try:
+            pid = os.fork()
+            if not pid:
+                ours.close()
+                self.be_child(theirs, slot)  # does not return
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.on_signal)
+            theirs.close()
         self.workers[pid] = Process(pid, slot, ours)
 
     def be_child(self, link: socket.socket, slot: int) -> NoReturn:
@@ -5819,12 +5906,14 @@ class Master:
         try:
             self.bell.close()
             signal.set_wakeup_fd(-1)
-            for number in self.handled:
+            for number in self.on_signal:
+                signal.signal(number, do_nothing)  # the master's to obey
+            for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, do_nothing)  # the master's to obey
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.handled)
-            for process in self.workers.values():
-                process.link.close()
+            signal.signal(signal.SIGUSR1, lambda number, frame: self.reopen())
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.on_signal)
+            while self.workers:
+                self.workers.popitem()[1].link.close()
             for sock in self.sockets:  # they come again over the link
                 sock.close()
             if sys.__stderr__ is not None:  # SIGABRT makes a hung worker show its stacks
@@ -5843,7 +5932,8 @@ class Master:
 
     def serve(self, link: socket.socket, slot: int, app: Callable, options: dict) -> None:
         """In a worker: ask the master for the listeners, and serve until it says stop."""
-        settings = Settings(**{**self.defaults, **options, **self.flags})
+        settings = self.settings = Settings(**{**self.defaults, **options, **self.flags})
+        open_log(settings.log_file)
         tell(link, {"settings": vars(settings)})
         worker = Served(app, receive_sockets(link), settings, self.board, slot, link)
         worker.bell.on_signals({signal.SIGTERM: lambda number, frame: worker.drain(),
@@ -5857,7 +5947,7 @@ class Master:
     def wait(self) -> None:
         """For a signal or a message, or until something is due."""
         timeout = heartbeat_of(self.settings)
-        if self.stopping or any(p.kill_at for p in self.workers.values()):
+        if any(p.kill_at for p in self.workers.values()):
             timeout = 0.1
         elif self.missing() > 0:
             timeout = min(timeout, max(0.0, self.fork_at - monotonic()))
@@ -5879,20 +5969,35 @@ class Master:
         if "retiring" in message:
             process.retiring = True
         elif "ready" in message:
-            if not self.served:
-                self.served = True
-                print_started(self.sockets, f"{self.wanted} worker{'s' * (self.wanted > 1)}",
-                              self.settings)
+            self.on_ready(process)
         else:
             self.give_listeners(process, Settings(**message["settings"]))
 
+    def on_ready(self, process: Process) -> None:
+        """It serves. If its code was on trial, the others follow, by its settings."""
+        process.serves = True
+        if not self.trying or process.old:
+            return
+        settings = process.settings
+        if settings.bind != self.settings.bind:
+            log.error("reload: it listens where it did: a new bind needs a restart")
+        self.settings = settings
+        self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
+        self.trying = False
+        self.balance()
+        workers = f"{self.wanted}{' new' * self.served} worker{'s' * (self.wanted > 1)}"
+        print_started(self.sockets, workers, settings)
+        self.served = True
+
     def give_listeners(self, process: Process, settings: Settings) -> None:
         """What the first worker says holds: only now it is known where to listen."""
+        process.settings = settings
         try:
             if not self.sockets:
-                self.sockets = bind_all(settings.bind)
                 self.settings = settings
-                self.wanted = max(1, count_workers(settings.workers))  # 0: there is a master
+                open_log(settings.log_file)
+                for address in settings.bind:
+                    self.sockets.append(bind(address))
             fds = array("i", [sock.fileno() for sock in self.sockets])
             process.link.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except (UsageError, StartError) as error:
@@ -5918,18 +6023,20 @@ class Master:
 
     def on_end(self, process: Process, wait_status: int) -> None:
         """A worker has ended. One that could not start stops us, unless another has served."""
-        if self.stopping or process.retiring:
+        if process.kill_at:
             return
-        if os.WIFSIGNALED(wait_status):
-            cause = f"was ended by signal {os.WTERMSIG(wait_status)}"
-        else:
-            cause = f"ended with status {os.WEXITSTATUS(wait_status)}"
+        number, status = os.WTERMSIG(wait_status), os.WEXITSTATUS(wait_status)
+        cause = f"was ended by signal {number}" if number else f"ended with status {status}"
         if not self.served:
-            if os.WIFSIGNALED(wait_status):
+            if number:
                 print_line(f"the first worker {cause} before it served")
-            self.status = os.WIFEXITED(wait_status) and os.WEXITSTATUS(wait_status) \
-                or FAILED_STATUS
+            self.status = status or FAILED_STATUS
             return self.stop(signal.SIGKILL)
+        if self.trying and not process.old:
+            self.trying = False
+            for other in self.workers.values():
+                other.old = False
+            return log.error("reload: the new worker %s, so the old ones stay", cause)
         lived = monotonic() - process.began
         served = bool(self.board[2 * process.slot])
         self.failures = 0 if served and lived > 1.0 else self.failures + 1
@@ -5942,16 +6049,14 @@ class Master:
         """End a worker whose heart does not beat (code that keeps the GIL) or does not stop."""
         now = monotonic()
         for process in self.workers.values():
-            beat = self.board[2 * process.slot]
-            deadline = self.stopping or process.kill_at
-            if deadline:
-                if now > deadline:
+            beat = abs(self.board[2 * process.slot])
+            if process.kill_at:
+                if now > process.kill_at:
                     os.kill(process.pid, signal.SIGKILL)
             elif beat and now - beat > self.settings.worker_timeout + HEARTBEAT_SECONDS:
                 log.error("worker %s gives no sign of life for %.0f s (worker_timeout): it is "
                           "ended, and its threads are below", process.pid, now - beat)
-                process.kill_at = now + 1.0
-                os.kill(process.pid, signal.SIGABRT)
+                self.dismiss(process, signal.SIGABRT)
 
 
 def boot(serve: Callable[[Callable, dict], None], load: Callable[[], Optional[Callable]],
@@ -6009,7 +6114,9 @@ def print_line(text: str) -> None:
 
 
 def print_started(sockets: List[socket.socket], workers: str, settings: Settings) -> None:
-    """The start-up line."""
+    """The start-up line, and systemd's own (sd_notify(3))."""
+    if "NOTIFY_SOCKET" in os.environ:
+        companion("service").notify("READY=1")
     if settings.quiet:
         return
     where = ", ".join(format_address(sock) for sock in sockets)
@@ -6032,6 +6139,20 @@ def flush_output() -> None:
     write_to(sys.stderr)
 
 
+def open_log(path: str, again: bool = False) -> None:
+    """What is printed goes to the end of this file; "-": where it goes already."""
+    if path != "-":
+        companion("service").open_log(path, again)
+
+
+def companion(name: str) -> Any:
+    """A file that may lie beside this one. Without it: a line, and exit status 2."""
+    try:
+        return import_module(f"{THIS}.{name}")
+    except ModuleNotFoundError as error:
+        raise SystemExit(report(UsageError(str(error)))) from None
+
+
 def count_workers(text: str) -> int:
     """"auto" -> the CPUs this process may use."""
     if text != "auto":
@@ -6048,15 +6169,16 @@ def parse_address(address: str) -> Tuple[str, int]:
     """"[::1]:80" -> ("::1", 80); "a.b" -> ("a.b", 8080); ":80" -> ("0.0.0.0", 80), any host."""
     match = re.fullmatch(ADDRESS, address)
     if not match or not address.strip("0123456789") or int(match[3] or 0) > 65535:
-        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port or unix:/path")
+        raise UsageError(f"bad address {address!r}; it is host:port, [::1]:port, unix:/path "
+                         "or fd:3")
     return match[1] or match[2] or "0.0.0.0", int(match[3] or 8080)
 
 
 def bind(address: str) -> socket.socket:
-    """"host:port", "[::1]:port", ":port" (any host) or "unix:/path" -> a listening socket.
-
-    Raises UsageError, StartError.
-    """
+    """"host:port", "[::1]:port", ":port" (any host), "unix:/path" or "fd:3" (one that is inherited)
+    -> a listening socket. Raises UsageError, StartError."""
+    if address.startswith("fd:"):
+        return companion("service").adopt(address)
     path = address[5:] if address.startswith("unix:") else ""
     name: Any = path or parse_address(address)
     if path and not hasattr(socket, "AF_UNIX"):
@@ -6094,20 +6216,6 @@ def bind_unix(sock: socket.socket, path: str) -> None:
     finally:
         os.umask(mask)
     unix_sockets[path] = identity(path)
-
-
-def bind_all(addresses: Iterable[str]) -> List[socket.socket]:
-    """All, or none."""
-    sockets = []
-    try:
-        for address in addresses:
-            sockets.append(bind(address))
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        unlink_sockets()
-        raise
-    return sockets
 
 
 def unlink_sockets() -> None:
@@ -6186,42 +6294,31 @@ def load_app(target: str) -> Callable:
 # -- what is found under our name --
 
 class Finder:
-    """Finds bottle_x for `from minibottle.ext import x`, and the files that may lie beside this one
-    for `from minibottle.client import fetch`; under whatever name this file goes."""
+    """Finds the files that may lie beside this one, for `from minibottle.client import fetch`;
+    under whatever name this file goes."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
-        from importlib.util import spec_from_file_location, spec_from_loader
         owner, _, child = name.rpartition(".")
-        found = sys.modules.get(owner)
-        is_ours = getattr(found, "ext", None) is ext
-        if found is ext or is_ours and child == "ext":
-            return spec_from_loader(name, self, is_package=True)  # type: ignore[arg-type]
-        if is_ours and child in COMPANIONS:
-            here = os.path.dirname(os.path.abspath(__file__))
-            for path in (f"{here}/{child}.py", f"{here}/examples/{child}.py"):
-                if os.path.isfile(path):
-                    return spec_from_file_location(name, path)
-            raise ModuleNotFoundError(f"{name} is a file of its own: lay examples/{child}.py of "
-                                      f"minibottle's beside {__file__}", name=name)
-
-    create_module = do_nothing  # Python makes it
-
-    def exec_module(self, module: Any) -> None:
-        """A module may replace itself while it is loaded."""
-        child = module.__name__.rpartition(".")[2]
-        sys.modules[module.__name__] = ext if child == "ext" else import_module("bottle_" + child)
+        if child not in COMPANIONS or getattr(
+                sys.modules.get(owner), "COMPANIONS", None) is not COMPANIONS:
+            return None
+        from importlib.util import spec_from_file_location
+        here = os.path.dirname(os.path.abspath(__file__))
+        for path in (f"{here}/{child}.py", f"{here}/examples/{child}.py"):
+            if os.path.isfile(path):
+                return spec_from_file_location(name, path)
+        raise ModuleNotFoundError(f"{name} is a file of its own: lay examples/{child}.py of "
+                                  f"minibottle's beside {__file__}", name=name)
 
 
-ext: Any = type(sys)(__name__ + ".ext")
-__path__: list = []  # for the import system both are packages
-ext.__file__, ext.__path__ = __file__, __path__
+__path__: list = []  # for the import system it is a package
 sys.meta_path.append(Finder())
 
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
-    "adapters": "WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
-    "cross_origin": "cross_origin_protection", "events": "event_stream",
+    "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
+    "cross_origin": "cross_origin_protection", "events": "event_stream", "ext": "install_as_bottle",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "testing": "Server TestClient",
+    "reloading": "", "service": "", "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 
@@ -6233,52 +6330,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def install_as_bottle() -> None:
-    """From now on `import bottle` is this file, also in plugins."""
-    if sys.modules.setdefault("bottle", sys.modules[__name__]) is not sys.modules[__name__]:
-        raise RuntimeError("another bottle is imported already: call install_as_bottle() earlier")
-
-
 # -- running --
 
 NORUN = False      # run() does nothing, for load_app()
 set_debug = debug  # in run(), debug is an argument
 
 
-class ServerAdapter:
-    """Another server for run(server=...): a subclass has run(handler), handler: the application."""
-
-    quiet = False
-
-    def __init__(self, host: str = "127.0.0.1", port: Any = 8080, **options: Any) -> None:
-        self.host = host
-        self.port = int(port)
-        self.options = options
-
-    def run(self, handler: Callable) -> None:
-        raise NotImplementedError
-
-
 server_names: Dict[str, Any] = dict.fromkeys((  # None: the server of this file
     "minibottle auto aiohttp bjoern cheroot cherrypy diesel eventlet fapws3 flup gevent gunicorn "
     "meinheld paste rocket tornado twisted uvloop waitress").split())
-server_names["wsgiref"] = f"{THIS}.adapters:WSGIRefServer"
-
-
-def make_adapter(server: Any, host: str, port: Any, options: dict) -> Optional[ServerAdapter]:
-    """A name, "module:Class", class or instance -> the instance; None: the server of this file."""
-    if isinstance(server, str):
-        name, server = server, server_names.get(server, server)
-        if server is None:
-            if name not in ("minibottle", "auto"):
-                print_line(f"server={name!r}: minibottle serves by itself")
-            return None
-        server = load(server) if isinstance(server, str) else server
-    if isinstance(server, type):
-        server = server(host, port, **options)
-    if not isinstance(server, ServerAdapter):
-        raise ValueError(f"{server!r} is no ServerAdapter")
-    return server
 
 
 def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
@@ -6295,7 +6355,7 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     if NORUN:
         return
     if reloader and running is None:
-        keep_reloading(interval)
+        companion("reloading").keep_reloading(interval)
     made: Any = load_app(app) if isinstance(app, str) else default_app() if app is None else app
     if debug is not None:
         set_debug(debug)
@@ -6303,15 +6363,10 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
         made.install(load(plugin) if isinstance(plugin, str) else plugin)
     if config:
         made.config.update(config)
-    adapter = make_adapter(server, host, port, options)
-    if adapter is not None:
-        adapter.quiet = adapter.quiet or quiet
-        if not adapter.quiet:
-            print_line(f"{type(adapter).__name__} on {adapter.host}:{adapter.port}")
-        try:
-            return adapter.run(made)
-        except KeyboardInterrupt:
-            return
+    if not isinstance(server, str) or server_names.get(server, server) is not None:
+        return companion("adapters").serve(made, server, host, port, quiet, options)
+    if server not in ("minibottle", "auto"):
+        print_line(f"server={server!r}: minibottle serves by itself")
     unknown = sorted(set(options) - set(vars(DEFAULTS)))
     if unknown:
         print_line(f"run() ignores {', '.join(unknown)}; there are {', '.join(vars(DEFAULTS))}")
@@ -6322,45 +6377,6 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
     status = start(lambda: made, options, {}, is_target=False)
     if status:
         raise SystemExit(status)
-
-
-def keep_reloading(interval: float) -> None:
-    """Run this command line in a child, and anew when a file changes; in the child: do nothing.
-
-    A child that fails, maybe over half an edit, has its successor after the next change.
-    """
-    if "BOTTLE_CHILD" in os.environ or threading.current_thread() is not threading.main_thread():
-        return
-    import subprocess
-    command = [sys.executable, *getattr(sys, "orig_argv", ["", *sys.argv])[1:]]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: sys.exit())
-    while True:
-        seen = python_files()
-        child = subprocess.Popen(command, env={**os.environ, "BOTTLE_CHILD": "true"})
-        try:
-            while python_files() == seen:
-                time.sleep(interval)
-                if child.poll() == 0:
-                    sys.exit()
-        finally:
-            child.terminate()
-            child.wait()
-
-
-def python_files() -> Dict[str, float]:
-    """{path: when it was changed} of what is imported, or lies below the program's folder."""
-    paths = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    for folder, folders, names in islice(os.walk(sys.path[0] or "."), 1000):
-        folders[:] = [name for name in folders if name[0] not in "._" and name != "site-packages"]
-        paths.update(os.path.join(folder, name) for name in names if name.endswith(".py"))
-    times = {}
-    for path in filter(None, paths):
-        try:
-            times[path] = os.path.getmtime(path)
-        except OSError:  # it has gone
-            pass
-    return times
 
 
 def load_target(target: str) -> Optional[Callable]:
@@ -6461,10 +6477,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         given = vars(make_parser().parse_args(argv))
         flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
+        flags = {name: vars(Settings(**flags))[name] for name in flags}
         debug(given["debug"])
-        Settings(**flags)
         if given["reload"]:
-            keep_reloading(1.0)
+            companion("reloading").keep_reloading(1.0)
         load = partial(load_target, given["target"])
         if given["server"]:
             app = load()
