@@ -3680,7 +3680,7 @@ class App:
         return self._find(environ)[3:]
 
     def websocket(self, path: str, **options: Any) -> Callable:
-        """Decorate what is to speak WebSocket at a rule: websocket.py, beside this file, has it."""
+        """Decorate what is to speak WebSocket: it needs minibottle_websocket.py beside this file."""
         return import_module(f"{THIS}.websocket").websocket(self, path, **options)
 
     def run(self, **options: Any) -> None:
@@ -6304,11 +6304,11 @@ class Finder:
             return None
         from importlib.util import spec_from_file_location
         here = os.path.dirname(os.path.abspath(__file__))
-        for path in (f"{here}/{child}.py", f"{here}/examples/{child}.py"):
+        for path in (f"{here}/minibottle_{child}.py", f"{here}/examples/minibottle_{child}.py"):
             if os.path.isfile(path):
                 return spec_from_file_location(name, path)
-        raise ModuleNotFoundError(f"{name} is a file of its own: lay examples/{child}.py of "
-                                  f"minibottle's beside {__file__}", name=name)
+        raise ModuleNotFoundError(f"{name} is a file of its own: lay minibottle_{child}.py, of "
+                                  f"minibottle's examples/, beside {__file__}", name=name)
 
 
 __path__: list = []  # for the import system it is a package
@@ -6323,7 +6323,7 @@ COMPANIONS = {  # files that may lie beside this one, and the names that are had
 
 
 def __getattr__(name: str) -> Any:
-    """minibottle.fetch is client.py's (PEP 562)."""
+    """minibottle.fetch is minibottle_client.py's (PEP 562)."""
     for file, names in COMPANIONS.items():
         if name in names.split():
             return getattr(import_module(f"{THIS}.{file}"), name)

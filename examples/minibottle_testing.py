@@ -10,7 +10,7 @@ A file to lay beside minibottle.py, where it is minibottle.testing:
     with TestClient(app) as client:                      # on_start and on_stop are called
         with client.stream("GET", "/events") as answer:  # endless ones too
             assert next(answer.pieces) == b"data: 1\n\n"
-        with client.websocket("/chat/tea") as ws:        # websocket.py has to be there, too
+        with client.websocket("/chat/tea") as ws:        # needs minibottle_websocket.py
             ws.send("hello")
             assert ws.receive(timeout=1) == "hello"
 
