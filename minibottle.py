@@ -3680,7 +3680,7 @@ class App:
         return self._find(environ)[3:]
 
     def websocket(self, path: str, **options: Any) -> Callable:
-        """Decorate what is to speak WebSocket: it needs minibottle_websocket.py beside this file."""
+        """Decorate what is to speak WebSocket: it needs minibottle_websocket.py beside us."""
         return import_module(f"{THIS}.websocket").websocket(self, path, **options)
 
     def run(self, **options: Any) -> None:

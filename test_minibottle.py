@@ -9199,7 +9199,7 @@ class CompanionTest(unittest.TestCase):
                 try:
                     exec(program)
                 except ModuleNotFoundError as error:
-                    print(str(error).partition(", of minibottle's examples/, ")[0].replace(" ", "_"))
+                    print(str(error).partition(", of minibottle's ex")[0].replace(" ", "_"))
             """)
         self.assertEqual(status, 0)
         self.assertEqual(said, [
