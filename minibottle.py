@@ -1363,6 +1363,7 @@ class Switch:
 
 
 SWITCH = Switch()
+PUMP: ContextVar[Any] = ContextVar("minibottle.pump")  # the task of a request, on our server
 
 
 async def settle(out: Any) -> Any:
@@ -1431,11 +1432,19 @@ class Bridge:
             if self.pid != os.getpid():
                 import asyncio
                 self.asyncio, self.loop, self.woken = asyncio, asyncio.new_event_loop(), False
-                self.thread = threading.Thread(target=self.loop.run_forever, daemon=True,
+                self.thread = threading.Thread(target=self.run, args=(self.loop,), daemon=True,
                                                name="minibottle-asyncio")
                 self.thread.start()
                 self.pid = os.getpid()
             return self.loop
+
+    def run(self, loop: Any) -> None:
+        """A SystemExit ends the task that raises it, and not the thread of all."""
+        while True:
+            try:
+                return loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:
+                log.error("a task of asyncio wanted to exit", exc_info=error)
 
     def is_here(self) -> bool:
         """Does the loop run on this thread?"""
@@ -1467,6 +1476,15 @@ class Bridge:
             raise RuntimeError("asyncio's own thread cannot wait for a coroutine: await it")
         return context.run(self.asyncio.run_coroutine_threadsafe, steps, loop).result(seconds)
 
+    async def watch(self, kind: str, sock: Any, seconds: float) -> None:
+        """Wait until a socket is good for a "reader" or "writer". Raises asyncio.TimeoutError."""
+        ready = self.asyncio.Event()
+        getattr(self.loop, "add_" + kind)(sock, ready.set)
+        try:
+            await self.asyncio.wait_for(ready.wait(), seconds)
+        finally:
+            getattr(self.loop, "remove_" + kind)(sock)
+
     def cancel_all(self, seconds: float) -> None:
         """Let what still runs clean up, for at most so long: the process is about to end."""
         async def cancel() -> None:
@@ -1493,19 +1511,52 @@ async def next_async(pieces: Any) -> Any:
         return END
 
 
-async def pull_aside(pieces: Any) -> Any:
-    """A plain iterator for asyncio: each step on a thread, as it may block."""
-    aside = partial(bridge.loop.run_in_executor, None, copy_context().run)
-    step = aside(next, pieces, END)
+async def pull_aside(out: Any) -> Any:
+    """A plain iterable for asyncio. It may block, and be bound to the thread that began it: that is
+    one of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+    crew = ThreadPoolExecutor(1, "minibottle-pieces")
+    aside = partial(bridge.loop.run_in_executor, crew, copy_context().run)
+    step = aside(iter, out)
     try:
         await bridge.asyncio.wait([step])
-        while step.result() is not END:
-            yield step.result()
+        pieces = step.result()
+        while True:
             step = aside(next, pieces, END)
             await bridge.asyncio.wait([step])
+            if step.result() is END:
+                break
+            yield step.result()
     finally:
         await bridge.asyncio.wait([step])  # a thread cannot be cancelled: close() would meet it
-        await aside(getattr(pieces, "close", int))
+        await aside(getattr(out, "close", int))
+        crew.shutdown(False)
+
+
+async def pull_in_task(pieces: Any) -> Any:
+    """An asynchronous iterator for who asks for its pieces in several tasks: all of it runs in one,
+    as time limits and context variables want that."""
+    made = bridge.asyncio.Queue()
+
+    async def pull() -> None:
+        try:
+            async for piece in pieces:
+                made.put_nowait(piece)
+                await made.join()  # until the next is wanted
+        finally:
+            if hasattr(pieces, "aclose"):
+                await pieces.aclose()
+
+    task = bridge.asyncio.ensure_future(pull())
+    task.add_done_callback(lambda task: made.put_nowait(END))
+    try:
+        while (piece := await made.get()) is not END:
+            yield piece
+            made.task_done()
+        task.result()
+    finally:
+        task.cancel()
+        await bridge.asyncio.wait([task])
 
 
 # === 7. Request and Response ==================================================
@@ -1847,13 +1898,14 @@ class BodyStream:
     """Iterates over a file in pieces of up to 64 KiB."""
 
     def __init__(self, file: Any) -> None:
-        self.read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+        self.file = file
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(partial(self.read, 1 << 16), b"")
+        return iter(partial(getattr(self.file, "read1", self.file.read), 1 << 16), b"")
 
     def __aiter__(self) -> Any:
-        return pull_aside(iter(self))
+        pull = getattr(getattr(self.file, "raw", None), "pull", pull_aside)  # of a RequestBody
+        return pull(self)
 
 
 def parse_json_body(data: bytes) -> Any:
@@ -2204,6 +2256,8 @@ class AsyncBody:
 
     async def begin(self) -> AsyncBody:
         await SWITCH
+        if PUMP.get(None) is not bridge.asyncio.current_task():
+            self.pieces = pull_in_task(self.pieces)
         try:
             first: Any = b""
             while first in (b"", ""):
@@ -3914,10 +3968,9 @@ class App:
     async def _cast_iterator(self, out: Any) -> Any:
         if hasattr(out, "__aiter__"):
             return await AsyncBody(out.__aiter__()).begin()
-        if bridge.is_here():  # it may block
-            body = await bridge.loop.run_in_executor(None, copy_context().run, Body, out)
-        else:
-            body = Body(out)
+        if bridge.is_here():
+            return await AsyncBody(pull_aside(out)).begin()
+        body = Body(out)
         encoding = response.charset  # which the code before the first piece may have set
         try:
             first = encode_piece(next(body.pieces), encoding)
@@ -3986,12 +4039,29 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
+def apps_in(app: Any) -> List[App]:
+    """An App, or the one in a middleware, then those that are mounted or merged there; each once."""
+    found: List[App] = []
+    todo = [app]
+    for app in todo:  # which grows
+        if not isinstance(app, App):
+            known: dict = getattr(app, "__dict__", {})
+            todo += [known[name] for name in ("app", "application", "wsgi_app") if name in known]
+        elif app not in found:
+            found.append(app)
+            for route in app.routes:
+                todo += [route.app, getattr(route.callback, "app", None)]
+    return found
+
+
 def run_lifecycle(app: Callable, name: str, seconds: Optional[float] = None) -> None:
-    """Call the hooks of a worker's "start" or "stop"; an async one may take so long."""
-    for hook in getattr(app, "_hooks", {}).get(name, ()):
-        out = hook()
-        if hasattr(out, "__await__"):
-            bridge.wait(copy_context(), settle(out), seconds)
+    """Call the hooks of a worker's "start", or, what is mounted first, of its "stop"; an async one
+    may take so long."""
+    for each in apps_in(app)[::-1 if name == "stop" else 1]:
+        for hook in each._hooks[name]:
+            out = hook()
+            if hasattr(out, "__await__"):
+                bridge.wait(copy_context(), settle(out), seconds)
 
 
 def closing_too(out: Any, files: list) -> Any:
@@ -4619,7 +4689,6 @@ class Loop:
 
 TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
 RECV_BYTES = 1 << 16
-SEND_BYTES = 1 << 10           # a socket that takes any takes so many at once
 SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
 MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
@@ -4736,6 +4805,7 @@ class RequestBody(io.RawIOBase):
         self.file: Any = io.BytesIO()
         self.piece = b""         # decoded, and not read
         self.ended = False
+        self.waits = True        # False: a read takes what is here
 
     def close(self) -> None:
         self.file.close()
@@ -4774,35 +4844,61 @@ class RequestBody(io.RawIOBase):
         return min(monotonic(), self.started + self.received / MIN_BODY_RATE) + timeout
 
     def feed(self, data: bytes) -> None:
+        if not data:
+            raise ClientGone("while its body was read")
         self.buf += data
         self.received += len(data)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, target: Any) -> int:
+    def readinto(self, target: Any) -> Optional[int]:
         self.decode()
         while not self.piece and not self.ended:
-            self.receive()
+            if not self.receive():
+                return None
             self.decode()
         taken = self.piece[:len(target)]
         target[:len(taken)] = taken
         self.piece = self.piece[len(taken):]
         return len(taken)
 
-    def receive(self) -> None:
+    def receive(self) -> bool:
+        """Is there more of it?"""
         sock = self.connection.sock
-        sock.settimeout(max(0.001, self.deadline() - monotonic()))
         try:
             self.invite()
-            data = sock.recv(RECV_BYTES)
+            if self.waits:
+                sock.settimeout(max(0.001, self.deadline() - monotonic()))
+            self.feed(sock.recv(RECV_BYTES))
+        except BlockingIOError:
+            return False
         except socket.timeout:
             raise self.worker.too_slow(BODY) from None
+        except OSError:
+            raise ClientGone("while its body was read") from None
         finally:
             sock.setblocking(False)
-        if not data:
-            raise ClientGone("while its body was read")
-        self.feed(data)
+        return True
+
+    async def pull(self, pieces: Iterable[bytes]) -> Any:
+        """For asyncio: `pieces`, which read this; no thread waits for the network."""
+        while True:
+            self.waits = False
+            try:
+                piece = next(iter(pieces), b"")
+            finally:
+                self.waits = True
+            if piece:
+                yield piece
+            elif self.ended:
+                return
+            else:
+                seconds = self.deadline() - monotonic()
+                try:
+                    await bridge.watch("reader", self.connection.sock, seconds)
+                except bridge.asyncio.TimeoutError:
+                    raise self.worker.too_slow(BODY) from None
 
 
 class Worker(Loop):
@@ -5375,6 +5471,7 @@ class Worker(Loop):
     async def respond_async(self, x: Exchange, result: Any) -> None:
         """See a request to its end whose application awaits; meanwhile no thread has it. What comes
         of it goes out on the loop, but for what streams from asyncio."""
+        PUMP.set(bridge.asyncio.current_task())
         if x.plan.cancel:
             self.cancel_at_end(x)
         try:
@@ -5385,9 +5482,10 @@ class Worker(Loop):
             x.result = result
             self.again.append(x.connection)
             self.waker.wake()
-        except bridge.asyncio.CancelledError:
-            self.abort(x, self.aside)
         except BaseException as error:
+            is_ours = self.over or getattr(x, "task", x) is None  # who cancels, else
+            if is_ours and isinstance(error, bridge.asyncio.CancelledError):
+                return self.abort(x, self.aside)
             self.on_error(x, error, self.aside)
 
     async def pump_async(self, x: Exchange, body: AsyncBody) -> None:
@@ -5414,10 +5512,8 @@ class Worker(Loop):
             while view:
                 try:
                     view = view[sock.send(view):]
-                except (BlockingIOError, InterruptedError):  # a little of it waits for its room
-                    step = bridge.loop.sock_sendall(sock, view[:SEND_BYTES])
-                    await bridge.asyncio.wait_for(step, self.settings.write_timeout)
-                    view = view[SEND_BYTES:]
+                except (BlockingIOError, InterruptedError):
+                    await bridge.watch("writer", sock, self.settings.write_timeout)
         except (OSError, bridge.asyncio.TimeoutError):
             raise ClientGone("while the answer was sent") from None
 
@@ -5431,6 +5527,7 @@ class Worker(Loop):
         """Something has come while asyncio has it: the end, for who wants to know?"""
         task: Any = getattr(c.exchange, "task", None)
         if task is not None and is_at_end(c.sock):
+            c.exchange.task = None
             bridge.loop.call_soon_threadsafe(task.cancel)
 
     # -- errors --
