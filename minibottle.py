@@ -1517,16 +1517,14 @@ async def pull_aside(out: Any) -> Any:
     from concurrent.futures import ThreadPoolExecutor
     crew = ThreadPoolExecutor(1, "minibottle-pieces")
     aside = partial(bridge.loop.run_in_executor, crew, copy_context().run)
-    step = aside(iter, out)
+    pieces = chain.from_iterable((out,))  # iter(out) is called there too
+    step = aside(next, pieces, END)
     try:
         await bridge.asyncio.wait([step])
-        pieces = step.result()
-        while True:
+        while step.result() is not END:
+            yield step.result()
             step = aside(next, pieces, END)
             await bridge.asyncio.wait([step])
-            if step.result() is END:
-                break
-            yield step.result()
     finally:
         await bridge.asyncio.wait([step])  # a thread cannot be cancelled: close() would meet it
         await aside(getattr(out, "close", int))
@@ -2286,6 +2284,13 @@ class AsyncBody:
 
     def close(self) -> None:
         (bridge.spawn if bridge.is_here() else bridge.wait)(self.context, self.aclose())
+
+
+async def begin(out: Any) -> Union[Body, AsyncBody]:
+    """A Body; an AsyncBody on asyncio, where a plain iterable may block."""
+    if hasattr(out, "__aiter__"):
+        return await AsyncBody(out.__aiter__()).begin()
+    return await AsyncBody(pull_aside(out)).begin() if bridge.is_here() else Body(out)
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
@@ -3530,7 +3535,7 @@ async def serve_handler(cls: Any, args: Dict[str, Any]) -> object:
             if isinstance(out, HTTPError):
                 raise out
             if hasattr(out, "__next__"):
-                out = Body(out)
+                out = await begin(out)
         except Exception as error:
             page = own.app.failure(error)
             if not isinstance(page, HTTPError):
@@ -3966,11 +3971,9 @@ class App:
         return b"500 Internal Server Error: the error handler failed\n"
 
     async def _cast_iterator(self, out: Any) -> Any:
-        if hasattr(out, "__aiter__"):
-            return await AsyncBody(out.__aiter__()).begin()
-        if bridge.is_here():
-            return await AsyncBody(pull_aside(out)).begin()
-        body = Body(out)
+        body = await begin(out)
+        if type(body) is AsyncBody:
+            return body
         encoding = response.charset  # which the code before the first piece may have set
         try:
             first = encode_piece(next(body.pieces), encoding)
