@@ -4786,6 +4786,26 @@ class MountTest(UnitTest):
             with self.assertRaisesRegex(ValueError, r"'/blog/'.*merge\(\)"):
                 app.mount(prefix, child)
 
+    def test_what_is_mounted_or_merged_or_in_a_middleware_starts_and_stops_too(self):
+        app, child, below, merged, said = App(), App(), App(), App(), []
+        for each, name in ((app, "app"), (child, "child"), (below, "below"), (merged, "merged")):
+            each.on_start(functools.partial(said.append, name + " starts"))
+            each.on_stop(functools.partial(said.append, name + " stops"))
+        for method in ("GET", "POST"):
+            merged.route("/merged", method, lambda: "")
+        app.merge(merged)
+        app.mount("/a", child)
+        app.mount("/b/", child)
+        child.mount("/c", types.SimpleNamespace(app=below))
+        for target in (app, types.SimpleNamespace(wsgi_app=types.SimpleNamespace(application=app))):
+            with TestClient(target):
+                self.assertEqual(said, [name + " starts" for name in (
+                    "app", "merged", "child", "below")])
+                said.clear()
+            self.assertEqual(said, [name + " stops" for name in (
+                "below", "child", "merged", "app")])
+            said.clear()
+
     def test_the_longest_prefix_wins_whichever_came_first(self):
         app = App()
         for prefix in ("/a/", "/a/b/c/", "/a/b/"):
@@ -5102,6 +5122,85 @@ class AsyncTest(UnitTest):
         for callback in (count, lambda request: str(sum(map(len, request.stream)))):
             app = app_of(callback, method="POST", path="/")
             self.assertEqual(TestClient(app).post("/", body=b"x" * 200000).text, "200000")
+
+    def test_a_task_that_exits_leaves_the_others_running(self):
+        async def leave(error):
+            raise error
+
+        def callback_of(error):
+            async def callback():
+                task = asyncio.ensure_future(leave(error))
+                await asyncio.sleep(0.01)
+                return repr(task.exception())
+            return callback
+        for error in (SystemExit(1), KeyboardInterrupt()):
+            with self.assertLogged():
+                self.assertEqual(answer_of(callback_of(error)).text, repr(error))
+
+    def test_a_plain_iterator_keeps_the_thread_that_began_it(self):
+        threads = []
+
+        class Pieces:
+            """What asks a database when it is iterated over."""
+
+            def __iter__(self):
+                for _ in range(3):
+                    threads.append(threading.current_thread())
+                    yield "a"
+
+            def close(self):
+                threads.append(threading.current_thread())
+
+        async def callback():
+            await asyncio.sleep(0)
+            return Pieces()
+
+        class Note(minibottle.Handler):
+            async def get(self):
+                return iter(Pieces())
+
+        def events():
+            return event_stream(Pieces())
+        for callback, count in ((callback, 4), (Note, 3), (events, 4)):
+            app = App()
+            app.route("/", callback=callback) if callback is not Note else app.route("/", Note)
+            self.assertEqual(ask(app).text.replace("data: ", "").count("a"), 3)
+            self.assertEqual((len(threads), len(set(threads))), (count, 1))
+            self.assertNotEqual(threads[0].name, "minibottle-asyncio")
+            threads.clear()
+
+    def test_an_async_generator_runs_in_one_task(self):
+        user, ended = contextvars.ContextVar("user"), queue.Queue()
+
+        async def callback():
+            token, task = user.set("ada"), asyncio.current_task()
+            try:
+                for name in ("a", "b"):
+                    yield f"{name} {user.get()} {asyncio.current_task() is task} {request.path},"
+                    await asyncio.sleep(0)
+            finally:
+                user.reset(token)       # raises in another context
+                ended.put(asyncio.current_task() is task)
+        inner, outer = app_of(callback, "/x"), App()
+        outer.mount("/in", inner)
+        for app, path in ((inner, "/x"), (outer, "/in/x")):
+            self.assertEqual(ask(app, path).text, "a ada True /x,b ada True /x,")
+            self.assertTrue(ended.get(timeout=TIMEOUT))
+            result = app(environ_of(path), lambda *args: None)
+            self.assertEqual(next(iter(result)), b"a ada True /x,")
+            result.close()
+            self.assertTrue(ended.get(timeout=TIMEOUT))
+
+    def test_a_time_limit_around_the_pieces_holds(self):
+        async def callback():
+            task = asyncio.current_task()
+            yield "a"
+            asyncio.get_running_loop().call_later(0.01, task.cancel)    # as asyncio.timeout() does
+            try:
+                await asyncio.sleep(TIMEOUT)
+            except asyncio.CancelledError:
+                yield "late"
+        self.assertEqual(answer_of(callback).text, "alate")
 
 
 # === 12. Event loop ===========================================================
@@ -7054,6 +7153,66 @@ class AsyncServedTest(WireTest):
         wire.send(b"12345").send(b"67890")
         self.assertEqual(wire.answer().body, b"10")
         self.assertEqual(wire.send(post("Content-Length: 1", body=b"x")).answer().body, b"1")
+
+    def upload_app(self):
+        app = App()
+
+        @app.post("/async", stream=True)
+        async def count(request):
+            return str(sum([len(piece) async for piece in request.stream]))
+
+        @app.post("/sync", stream=True)
+        def count_too(request):
+            return str(sum(map(len, request.stream)))
+
+        @app.get("/")
+        async def elsewhere():
+            return await asyncio.get_running_loop().run_in_executor(None, str, 5)
+        return app
+
+    def test_slow_uploads_to_a_coroutine_hold_no_thread(self):
+        server = self.serve(self.upload_app())
+        self.read(server, "/")
+        before = threading.active_count()
+        wires = [self.connect(server).send(post("Content-Length: 6", body=b"abc", path="/async"))
+                 for _ in range(50)]
+        self.assertEqual(self.read(server, "/").body, b"5")
+        self.assertLess(threading.active_count(), before + 10)
+        for wire in wires:
+            self.assertEqual(wire.send(b"def").answer().body, b"6")
+        for piece in (b"3\r\nabc\r\n", b"0\r\n\r\n"):
+            wire.send(chunked(piece, path="/async") if piece[:1] == b"3" else piece)
+        self.assertEqual(wire.answer().body, b"3")
+
+    def test_an_upload_that_stalls_is_408_to_a_coroutine(self):
+        wire = self.connect(self.serve(self.upload_app(), body_timeout=0.1))
+        wire.send(post("Content-Length: 6", body=b"abc", path="/async"))
+        self.assertEqual(wire.answer().status, 408)
+
+    def test_an_upload_that_breaks_off_is_nobodys_error(self):
+        server, log = self.serve(self.upload_app()), self.listen_to_log()
+        for path in ("/async", "/sync"):
+            for leave in (Wire.reset, Wire.close):
+                wire = Wire(server.port).send(post("Content-Length: 6", body=b"abc", path=path))
+                self.read(server, "/")          # by now it is read
+                leave(wire)
+        self.wait_until(lambda: not server.worker.connections)
+        self.assertTrue(log.queue.empty())
+
+    def test_who_is_cancelled_by_another_is_a_500(self):
+        async def forever():
+            await asyncio.sleep(TIMEOUT)
+
+        app = App()
+
+        @app.get("/", cancel=True)
+        async def callback():
+            task = asyncio.ensure_future(forever())
+            asyncio.get_running_loop().call_soon(task.cancel)
+            await task
+        server, log = self.serve(app), self.listen_to_log()
+        self.assertEqual(self.read(server, "/").status, 500)
+        self.assertIn("unhandled exception", log.next())
 
     def test_what_fails_after_the_head_resets_the_connection(self):
         async def pieces():
@@ -9414,6 +9573,25 @@ class EventStreamTest(UnitTest):
 
 
 class ServedEventsTest(WireTest):
+
+    def test_all_of_a_generator_runs_in_one_task(self):
+        user, ended = contextvars.ContextVar("user"), queue.Queue()
+
+        async def events():
+            token, task = user.set("ada"), asyncio.current_task()
+            try:
+                for _ in range(2):
+                    yield user.get()
+                    await asyncio.sleep(0)
+            finally:
+                user.reset(token)       # raises in another context
+                ended.put(asyncio.current_task() is task)
+        app = app_of(lambda: event_stream(events()))
+        expected = b":\n\n" + 2 * b"data: ada\n\n"
+        self.assertEqual(self.fetch(self.serve(app), get()).body, expected)
+        self.assertTrue(ended.get(timeout=TIMEOUT))
+        self.assertEqual(ask(app).body, expected)
+        self.assertTrue(ended.get(timeout=TIMEOUT))
 
     def test_events_arrive_at_once_compressed_too(self):
         go = threading.Semaphore(0)

@@ -23,7 +23,7 @@ its reader has gone, the generator is closed.
 import asyncio
 import re
 
-from . import END, json_dumps, next_async, pull_aside, response
+from . import END, json_dumps, next_async, pull_aside, pull_in_task, response
 
 
 def event_stream(events, keepalive=15.0):
@@ -36,13 +36,12 @@ def event_stream(events, keepalive=15.0):
     for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-cache"),
                         ("X-Accel-Buffering", "no")):  # the last is for nginx
         response.headers[name] = value
-    return iter_events(events if hasattr(events, "__aiter__") else pull_aside(iter(events)),
-                       keepalive)
+    return iter_events(events if hasattr(events, "__aiter__") else pull_aside(events), keepalive)
 
 
 async def iter_events(events, keepalive):
     yield ":\n\n"  # so that the head goes out before the first event
-    step = None
+    events, step = pull_in_task(events), None  # each event is asked for in a task
     try:
         while True:
             step = asyncio.ensure_future(next_async(events))
@@ -55,8 +54,7 @@ async def iter_events(events, keepalive):
         if step is not None and not step.done():
             step.cancel()
             await asyncio.wait([step])
-        if hasattr(events, "aclose"):
-            await events.aclose()
+        await events.aclose()
 
 
 def format_event(event):
