@@ -112,11 +112,11 @@ __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "static_file app apps default_app AppStack route get post put delete patch error hook install "
     "uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
-    "Settings ResourceManager JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
+    "Settings JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
     "TemplateError debug BaseRequest BaseResponse LocalRequest LocalResponse FileUpload "
     "CookieError MultipartError auth_basic parse_auth cookie_encode cookie_decode "
     "cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route "
-    "RouteError RouteSyntaxError RouteBuildError PluginError BottleException BadRequest UsageError "
+    "RouteError RouteSyntaxError RouteBuildError BottleException BadRequest UsageError "
     "StartError TemplatePlugin html_escape html_quote http_date parse_date parse_range_header "
     "path_shift"
 ).split()
@@ -1355,6 +1355,16 @@ def sign(text: str, key: bytes) -> str:
 END: Any = object()  # of an iterator
 
 
+def do_nothing(*args: object) -> None:
+    """What stands for a function that is not there."""
+
+
+def close_all(*things: object) -> None:
+    """Close what of these can be closed."""
+    for thing in things:
+        getattr(thing, "close", do_nothing)()
+
+
 class Switch:
     """`await SWITCH`: asyncio runs the coroutine from here on. It is where drive() stops."""
 
@@ -1409,9 +1419,7 @@ class Pending:
         return iter(self.wait())
 
     def close(self) -> None:
-        self.steps.close()
-        if hasattr(self.result, "close"):
-            self.result.close()
+        close_all(self.steps, self.result)
 
 
 class Bridge:
@@ -1476,12 +1484,12 @@ class Bridge:
             raise RuntimeError("asyncio's own thread cannot wait for a coroutine: await it")
         return context.run(self.asyncio.run_coroutine_threadsafe, steps, loop).result(seconds)
 
-    async def watch(self, kind: str, sock: Any, seconds: float) -> None:
-        """Wait until a socket is good for a "reader" or "writer". Raises asyncio.TimeoutError."""
-        ready = self.asyncio.Event()
-        getattr(self.loop, "add_" + kind)(sock, ready.set)
+    async def watch(self, kind: str, sock: Any, seconds: float) -> bool:
+        """Is a socket ready for its "reader" or "writer", within this time?"""
+        ready = self.loop.create_future()
+        getattr(self.loop, "add_" + kind)(sock, lambda: ready.done() or ready.set_result(None))
         try:
-            await self.asyncio.wait_for(ready.wait(), seconds)
+            return bool((await self.asyncio.wait([ready], timeout=seconds))[0])
         finally:
             getattr(self.loop, "remove_" + kind)(sock)
 
@@ -1527,7 +1535,7 @@ async def pull_aside(out: Any) -> Any:
             await bridge.asyncio.wait([step])
     finally:
         await bridge.asyncio.wait([step])  # a thread cannot be cancelled: close() would meet it
-        await aside(getattr(out, "close", int))
+        await aside(close_all, out)
         crew.shutdown(False)
 
 
@@ -1655,10 +1663,8 @@ class Request:
             self.environ["bottle.request.ext." + name] = value
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self.environ["bottle.request.ext." + name]
-        except KeyError:
-            raise AttributeError(f"request has no attribute {name!r}") from None
+        self.__getattr__(name)  # raises, where there is none
+        del self.environ["bottle.request.ext." + name]
 
     __getitem__, __iter__, __len__, keys = (method_of("environ", name) for name in (
         "__getitem__", "__iter__", "__len__", "keys"))
@@ -1981,8 +1987,7 @@ class Response:
         return iter(self.body)
 
     def close(self) -> None:
-        if hasattr(self.body, "close"):
-            self.body.close()
+        close_all(self.body)
 
     @property
     def status(self) -> str:
@@ -2187,16 +2192,6 @@ def redirect(url: str, code: Optional[int] = None, *, request: Request = request
 # Bodies that are more than a string. gzip is on the fly, for any WSGI application; what it must
 # leave alone is in negotiate_gzip.
 
-def do_nothing(*args: object) -> None:
-    """What stands for a function that is not there."""
-
-
-def close_all(*things: object) -> None:
-    """Close what of these can be closed."""
-    for thing in things:
-        getattr(thing, "close", do_nothing)()
-
-
 class FileWrapper:
     """wsgi.file_wrapper (PEP 3333): iterates over a file, or `length` bytes of it from where it
     stands; our server uses sendfile instead."""
@@ -2252,21 +2247,6 @@ class AsyncBody:
         self.files: Iterable = ()   # to be closed with it
         self.context = copy_context()
 
-    async def begin(self) -> AsyncBody:
-        await SWITCH
-        if PUMP.get(None) is not bridge.asyncio.current_task():
-            self.pieces = pull_in_task(self.pieces)
-        try:
-            first: Any = b""
-            while first in (b"", ""):
-                first = await next_async(self.pieces)
-            self.encoding = response.charset
-            self.first = b"" if first is END else encode_piece(first, self.encoding)
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
     def __aiter__(self) -> AsyncBody:
         return self
 
@@ -2287,10 +2267,26 @@ class AsyncBody:
 
 
 async def begin(out: Any) -> Union[Body, AsyncBody]:
-    """A Body; an AsyncBody on asyncio, where a plain iterable may block."""
+    """A Body; of what is asynchronous, or may block asyncio, an AsyncBody with its first piece."""
     if hasattr(out, "__aiter__"):
-        return await AsyncBody(out.__aiter__()).begin()
-    return await AsyncBody(pull_aside(out)).begin() if bridge.is_here() else Body(out)
+        pieces = out.__aiter__()
+    elif bridge.is_here():
+        pieces = pull_aside(out)
+    else:
+        return Body(out)
+    await SWITCH
+    body = AsyncBody(pieces if PUMP.get(None) is bridge.asyncio.current_task()
+                     else pull_in_task(pieces))
+    try:
+        first: Any = b""
+        while first in (b"", ""):
+            first = await next_async(body.pieces)
+        body.encoding = response.charset
+        body.first = b"" if first is END else encode_piece(first, body.encoding)
+    except BaseException:
+        await body.aclose()
+        raise
+    return body
 
 
 def encode_piece(piece: object, encoding: str) -> bytes:
@@ -3091,10 +3087,6 @@ def view(name: str, /, **defaults: Any) -> Callable:
 THIS = "minibottle" if __name__ == "__main__" else __name__  # what this module is imported as
 
 
-class PluginError(BottleException):
-    """A plugin cannot do its work here."""
-
-
 def load(target: str, **names: object) -> Any:
     """"package.module" -> the module; "package.module:name" -> what it has under that name.
 
@@ -3188,38 +3180,6 @@ class ConfigDict(dict):
 
     def _make_overlay(self) -> ConfigDict:  # Bottle's name for it
         return ConfigDict(self)
-
-
-class ResourceManager:
-    """Finds files by name in a list of directories, `path`."""
-
-    def __init__(self, base: str = "./", opener: Callable = open) -> None:
-        self.base = base
-        self.opener = opener
-        self.path: List[str] = []
-
-    def add_path(self, path: str, base: Optional[str] = None, index: Optional[int] = None,
-                 create: bool = False) -> bool:
-        """Search the directory of `path` too ("./files/", or a file in it), which is relative to
-        that of `base`; is it there?"""
-        root = os.path.abspath(os.path.dirname(base or self.base))
-        path = os.path.abspath(os.path.join(root, os.path.dirname(path))) + os.sep
-        self.path = [known for known in self.path if known != path]
-        self.path.insert(len(self.path) if index is None else index, path)
-        if create:
-            os.makedirs(path, exist_ok=True)
-        return os.path.exists(path)
-
-    def lookup(self, name: str) -> Optional[str]:
-        """The path of the first file of this name, or None."""
-        paths = (os.path.join(path, name) for path in self.path)
-        return next(filter(os.path.isfile, paths), None)
-
-    def open(self, name: str, mode: str = "r", *args: Any, **options: Any) -> Any:
-        path = self.lookup(name)
-        if path is None:
-            raise FileNotFoundError(f"no resource {name!r} in {self.path}")
-        return self.opener(path, mode, *args, **options)
 
 
 class JSONPlugin:
@@ -3348,15 +3308,8 @@ class Route:
         return callback
 
     def get_undecorated_callback(self) -> Callable:
-        """The callback without decorators; of one without functools.wraps it is a guess."""
-        callback = self.callback
-        for _ in range(100):  # not for ever: closures may hold each other
-            inner = (getattr(callback, "__wrapped__", None) or getattr(callback, "__func__", None)
-                     or closed_over(callback))
-            if inner is None:
-                break
-            callback = inner
-        return callback
+        """The callback without decorators, for Bottle's plugins; it needs minibottle_ext.py."""
+        return import_module(f"{THIS}.ext").undecorated(self.callback)
 
     def get_callback_args(self) -> List[str]:
         """The names of what the callback takes."""
@@ -3378,15 +3331,6 @@ def refuse_json(value: object) -> NoReturn:
 def name_of(callback: Callable) -> str:
     return (f"{getattr(callback, '__module__', '?')}:"
             f"{getattr(callback, '__qualname__', type(callback).__name__)}")
-
-
-def closed_over(callback: Callable) -> Optional[Callable]:
-    """What a function without named parameters, as most decorators make it, calls inside."""
-    code = getattr(callback, "__code__", None)
-    if code is None or code.co_argcount or code.co_kwonlyargcount:
-        return None
-    held = (cell.cell_contents for cell in callback.__closure__ or ())
-    return next(filter(callable, held), None)
 
 
 def signature_of(callback: Callable) -> Optional[list]:
@@ -3562,7 +3506,6 @@ class App:
                  json_dumps: Optional[Callable] = None, **config: object) -> None:
         self.routes: List[Route] = []
         self.router = Router()
-        self.resources = ResourceManager()
         self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
         self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
         self._hooks: Dict[str, List[Callable]] = {  # in the order of their calls
@@ -3579,6 +3522,11 @@ class App:
         if hasattr(self, name) and not hasattr(type(self), name):
             raise AttributeError(f"{name} is set already: a conflict of plugins? `del` it first")
         object.__setattr__(self, name, value)
+
+    @cached_property
+    def resources(self) -> Any:
+        """Bottle's ResourceManager: it needs minibottle_resources.py beside us."""
+        return import_module(f"{THIS}.resources").ResourceManager()
 
     # False: exceptions go on to the server or middleware
     catchall = property(lambda self: self.config["catchall"],
@@ -4043,7 +3991,7 @@ def listed(value: object) -> list:
 
 
 def apps_in(app: Any) -> List[App]:
-    """An App, or the one in a middleware, then those that are mounted or merged there; each once."""
+    """An App, or the one in a middleware, then those mounted or merged there; each once."""
     found: List[App] = []
     todo = [app]
     for app in todo:  # which grows
@@ -4896,12 +4844,9 @@ class RequestBody(io.RawIOBase):
                 yield piece
             elif self.ended:
                 return
-            else:
-                seconds = self.deadline() - monotonic()
-                try:
-                    await bridge.watch("reader", self.connection.sock, seconds)
-                except bridge.asyncio.TimeoutError:
-                    raise self.worker.too_slow(BODY) from None
+            elif not await bridge.watch("reader", self.connection.sock,
+                                        self.deadline() - monotonic()):
+                raise self.worker.too_slow(BODY)
 
 
 class Worker(Loop):
@@ -5441,10 +5386,9 @@ class Worker(Loop):
     def close_result(self, x: Exchange, me: Hand) -> None:
         """Call close() of what the application returned (PEP 3333), once."""
         result, x.result, x.iterator = x.result, None, None
-        close = getattr(result, "close", None)
-        if close is not None:
+        if hasattr(result, "close"):
             try:
-                self.user(me, close)
+                self.user(me, result.close)
             except BaseException as error:
                 log.error("%s: close() failed", x.describe(), exc_info=error)
 
@@ -5516,8 +5460,9 @@ class Worker(Loop):
                 try:
                     view = view[sock.send(view):]
                 except (BlockingIOError, InterruptedError):
-                    await bridge.watch("writer", sock, self.settings.write_timeout)
-        except (OSError, bridge.asyncio.TimeoutError):
+                    if not await bridge.watch("writer", sock, self.settings.write_timeout):
+                        raise
+        except OSError:
             raise ClientGone("while the answer was sent") from None
 
     def cancel_at_end(self, x: Exchange) -> None:
@@ -6416,9 +6361,11 @@ sys.meta_path.append(Finder())
 
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
-    "cross_origin": "cross_origin_protection", "events": "event_stream", "ext": "install_as_bottle",
+    "cross_origin": "cross_origin_protection", "events": "event_stream",
+    "ext": "PluginError install_as_bottle",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "reloading": "", "service": "", "testing": "Server TestClient",
+    "reloading": "", "resources": "ResourceManager", "service": "",
+    "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 

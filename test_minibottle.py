@@ -5161,9 +5161,9 @@ class AsyncTest(UnitTest):
 
         def events():
             return event_stream(Pieces())
-        for callback, count in ((callback, 4), (Note, 3), (events, 4)):
+        for target, count in ((callback, 4), (Note, 3), (events, 4)):
             app = App()
-            app.route("/", callback=callback) if callback is not Note else app.route("/", Note)
+            app.route("/", "GET", target) if target is not Note else app.route("/", Note)
             self.assertEqual(ask(app).text.replace("data: ", "").count("a"), 3)
             self.assertEqual((len(threads), len(set(threads))), (count, 1))
             self.assertNotEqual(threads[0].name, "minibottle-asyncio")
@@ -8835,9 +8835,9 @@ EXAMPLES = {        # module: expression that gives the WSGI application
 }
 LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
-VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 75, "ext": 50,
-            "gzip_middleware": 45, "jinja": 45, "reloading": 90, "service": 65, "testing": 390,
-            "websocket": 940}
+VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 75, "ext": 75,
+            "gzip_middleware": 45, "jinja": 45, "reloading": 90, "resources": 50, "service": 65,
+            "testing": 390, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
