@@ -3990,8 +3990,9 @@ def listed(value: object) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-def apps_in(app: Any) -> List[App]:
-    """An App, or the one in a middleware, then those mounted or merged there; each once."""
+def run_lifecycle(app: Any, name: str, seconds: Optional[float] = None) -> None:
+    """Call the hooks of a worker's "start" or "stop"; an async one may take so long. First those of
+    an App (it may be in a middleware), then those mounted or merged there; at the stop last."""
     found: List[App] = []
     todo = [app]
     for app in todo:  # which grows
@@ -4002,14 +4003,8 @@ def apps_in(app: Any) -> List[App]:
             found.append(app)
             for route in app.routes:
                 todo += [route.app, getattr(route.callback, "app", None)]
-    return found
-
-
-def run_lifecycle(app: Callable, name: str, seconds: Optional[float] = None) -> None:
-    """Call the hooks of a worker's "start", or, what is mounted first, of its "stop"; an async one
-    may take so long."""
-    for each in apps_in(app)[::-1 if name == "stop" else 1]:
-        for hook in each._hooks[name]:
+    for app in found[::-1 if name == "stop" else 1]:
+        for hook in app._hooks[name]:
             out = hook()
             if hasattr(out, "__await__"):
                 bridge.wait(copy_context(), settle(out), seconds)
