@@ -2267,16 +2267,17 @@ class AsyncBody:
 
 
 async def begin(out: Any) -> Union[Body, AsyncBody]:
-    """A Body; of what is asynchronous, or may block asyncio, an AsyncBody with its first piece."""
+    """A body of bytes, with its first piece: a Body; of what is asynchronous, or may block asyncio,
+    an AsyncBody. Its charset is what the code before that piece may have set."""
     if hasattr(out, "__aiter__"):
         pieces = out.__aiter__()
     elif bridge.is_here():
         pieces = pull_aside(out)
     else:
-        return Body(out)
+        return encode_body(Body(out))
     await SWITCH
-    body = AsyncBody(pieces if PUMP.get(None) is bridge.asyncio.current_task()
-                     else pull_in_task(pieces))
+    own = PUMP.get(None) is bridge.asyncio.current_task()
+    body = AsyncBody(pieces if own else pull_in_task(pieces))
     try:
         first: Any = b""
         while first in (b"", ""):
@@ -2286,6 +2287,17 @@ async def begin(out: Any) -> Union[Body, AsyncBody]:
     except BaseException:
         await body.aclose()
         raise
+    return body
+
+
+def encode_body(body: Body) -> Body:
+    encoding = response.charset
+    try:
+        first = encode_piece(next(body.pieces), encoding)
+    except Exception:
+        body.close()
+        raise
+    body.pieces = chain((first,), map(encode_piece, body.pieces, repeat(encoding)))
     return body
 
 
@@ -3869,14 +3881,14 @@ class App:
         if isinstance(out, (list, tuple)):
             return b"".join([encode_piece(piece, response.charset) for piece in out])
         if isinstance(out, io.TextIOBase):
-            return await self._cast_iterator(FileWrapper(out))  # type: ignore[arg-type]
+            return await begin(FileWrapper(out))  # type: ignore[arg-type]
         if isinstance(out, FileWrapper):  # a range, or of a mounted application
             return out
         if hasattr(out, "read"):
             wrap = request.environ.get("wsgi.file_wrapper") or FileWrapper
             return wrap(out)
         if hasattr(out, "__aiter__") or hasattr(out, "__iter__"):
-            return await self._cast_iterator(out)
+            return await begin(out)
         raise TypeError(f"a handler cannot return {type(out).__name__}: {out!r:.60}")
 
     def _dump_json(self, out: Union[dict, list]) -> bytes:
@@ -3917,19 +3929,6 @@ class App:
         response.status = 500
         response.content_type = "text/plain; charset=UTF-8"
         return b"500 Internal Server Error: the error handler failed\n"
-
-    async def _cast_iterator(self, out: Any) -> Any:
-        body = await begin(out)
-        if type(body) is AsyncBody:
-            return body
-        encoding = response.charset  # which the code before the first piece may have set
-        try:
-            first = encode_piece(next(body.pieces), encoding)
-        except Exception:
-            body.close()
-            raise
-        body.pieces = chain((first,), map(encode_piece, body.pieces, repeat(encoding)))
-        return body
 
     def wsgi(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The WSGI application (PEP 3333). Wrap it to add a middleware: app.wsgi = M(app.wsgi)."""
