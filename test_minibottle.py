@@ -8990,8 +8990,8 @@ class CompanionTest(unittest.TestCase):
         self.assertEqual(names, set((
             ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
             "functools hashlib http.client inspect io itertools json logging os re select "
-            "selectors socket ssl sys threading time types typing urllib.parse urllib.request weakref "
-            ".websocket wsgiref.simple_server zlib").split()))
+            "selectors socket ssl sys threading time types typing urllib.parse urllib.request "
+            "weakref .websocket wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
         for file in minibottle.COMPANIONS:
@@ -9341,10 +9341,9 @@ class TlsTest(WireTest):
         return super().serve(app, **{**self.files, **settings})
 
     def listen_to_log(self):
-        patch = mock.patch.object(logging.getLogger("minibottle"), "level", logging.INFO)
-        patch.start()
-        self.addCleanup(patch.stop)
-        logging.getLogger("minibottle").manager._clear_cache()
+        logger = logging.getLogger("minibottle")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.INFO)
         return super().listen_to_log()
 
     def wait_for_none(self, server):
@@ -9354,7 +9353,7 @@ class TlsTest(WireTest):
 class TlsServedTest(TlsTest):
     """HTTP over TLS, both ways and of every size."""
 
-    SIZE = 20_000_000
+    SIZE = 20_000_000 if LONG else 5_000_000
 
     def serve_all(self, **settings):
         app = App()
@@ -9403,23 +9402,21 @@ class TlsServedTest(TlsTest):
             with self.subTest(path):
                 answer = wire.send(get(path)).answer()
                 self.assertEqual(hashlib.sha256(answer.body).hexdigest(), digest)
-        length = f"Content-Length: {len(data)}"
         field = form(part("f", data, filename="f"))
-        for path, lines in (("/digest", [length]), ("/streamed", [length]), ("/upload", [
-                "Content-Type: multipart/form-data; boundary=" + BOUNDARY, f"Content-Length: {len(field)}"])):
+        kind = "Content-Type: multipart/form-data; boundary=" + BOUNDARY
+        for path, body in (("/digest", data), ("/streamed", data), ("/upload", field)):
             with self.subTest(path):
-                body = field if path == "/upload" else data
-                answer = wire.send(post(*lines, path=path), body).answer()
+                wire.send(post(kind, f"Content-Length: {len(body)}", path=path), body)
+                answer = wire.answer()
                 self.assertEqual(answer.body.decode(), digest)
         self.assertEqual(wire.send(get("/url"), get("/url")).answer().body, b"https://x/url")
         self.assertEqual(wire.answer().body, b"https://x/url")
         self.assertEqual(len(server.worker.connections), 1)
 
     def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up(self):
-        self.SIZE = 6_000_000
-        server, data, digest = self.serve_all(gzip=False, max_threads=2)
-        paths = "/bytes", "/file", "/coroutine"
-        slow = [self.connect(server, receive_bytes=4096).send(get(path)) for path in paths * 2]
+        server, data, digest = self.serve_all(gzip=False, max_threads=1)
+        slow = [self.connect(server, receive_bytes=4096).send(get(path))
+                for path in ("/bytes", "/file", "/coroutine")]
         for wire in slow:
             self.assertTrue(wire.sock.recv(1, socket.MSG_PEEK))
         self.assertEqual(self.fetch(server, get("/url")).status, 200)
@@ -9477,7 +9474,7 @@ class TlsServedTest(TlsTest):
 
     def test_a_body_that_comes_too_slowly_is_a_408_where_it_is_streamed_too(self):
         app = app_of(lambda: request.body.read(), method="POST", stream=True)
-        server = self.serve(app, body_timeout=0.2)
+        server = self.serve(app, body_timeout=0.1)
         wire = self.connect(server).send(post("Content-Length: 9", body=b"x"))
         self.assertEqual(wire.answer().status, 408)
 
@@ -9511,7 +9508,7 @@ class TlsServedTest(TlsTest):
                 wire.head()
                 wire.sock.setblocking(False)
                 with self.subTest(version=version, kind=kind), contextlib.closing(wire):
-                    with contextlib.suppress(ssl.SSLError):
+                    with contextlib.suppress(OSError):
                         wire.sock.unwrap()
                     self.assertTrue(ended.wait(5 * SLOW))
 
@@ -9608,7 +9605,7 @@ class TlsHandshakeTest(TlsTest):
         self.assertTrue(log.queue.empty())
 
     def test_who_never_says_hello_delays_nobody_and_is_closed_at_the_deadline(self):
-        server = self.serve(hello, header_timeout=0.5)
+        server = self.serve(hello, header_timeout=0.3)
         then = time.monotonic()
         with contextlib.ExitStack() as stack:
             silent = [stack.enter_context(connect(server.url)) for _ in range(40)]
@@ -9619,10 +9616,10 @@ class TlsHandshakeTest(TlsTest):
             self.assertLess(time.monotonic() - began, 0.3 * SLOW)
             for sock in silent:
                 self.assertEqual(read_all(sock), b"")
-        self.assertTrue(0.4 < time.monotonic() - then < 0.5 + SLOW)
+        self.assertTrue(0.2 < time.monotonic() - then < 0.3 + SLOW)
 
     def test_half_a_request_after_a_handshake_has_its_deadline_too(self):
-        wire = self.connect(self.serve(hello, header_timeout=0.3)).send(b"GET ")
+        wire = self.connect(self.serve(hello, header_timeout=0.1)).send(b"GET ")
         self.assertEqual(wire.answer().status, 408)
 
     def test_a_certificate_that_cannot_be_used_is_named(self):

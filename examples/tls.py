@@ -139,8 +139,8 @@ class TLSSocket(ssl.SSLSocket):
     def recv(self, size: int = 1024, flags: int = 0) -> bytes:
         """What one record holds, which is 16 KB at most: with less room in `size`, the rest of it
         would wait here where no poller sees it."""
-        if self.lock is None:  # wrap_socket() looks whether the client has left already
-            return socket.socket.recv(self, size, flags)
+        if self.lock is None:  # wrap_socket() asks what a client has sent that has left already
+            return b""
         if flags == socket.MSG_PEEK:
             return self.peek(size)
         if not self.is_shaken:
@@ -155,7 +155,7 @@ class TLSSocket(ssl.SSLSocket):
         return b"" if head[:1] == bytes([ALERT]) or head == bytes(HIDDEN_ALERT) else head[:size]
 
     def send(self, data: Any, flags: int = 0) -> int:
-        sent = self.perform(super().send, data)  # one record
+        sent = self.perform(super().send, data) if data else 0  # one record
         if sent == len(data):
             return sent
         view = memoryview(data)
