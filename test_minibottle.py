@@ -8933,7 +8933,9 @@ class CompanionTest(unittest.TestCase):
 
     def test_the_error_names_the_file_that_is_missing(self):
         programs = {"client": "from minibottle import fetch", "events": "import minibottle.events",
-                    "websocket": "__import__('minibottle').App().websocket('/')"}
+                    "websocket": "__import__('minibottle').App().websocket('/')",
+                    "tls": "m = __import__('minibottle'); "
+                           "m.Worker(m.App(), [], m.Settings(cert='x'))"}
         status, said, _ = self.run_python(self.lay(), "-c", f"""if True:
             for file, program in {programs}.items():
                 try:
@@ -9321,12 +9323,13 @@ def trusting(**attributes):
 class OverTls:
     """Makes a Wire speak TLS."""
 
-    def __init__(self, port, receive_bytes=None, context=None):
+    def __init__(self, port, receive_bytes=None, context=None, ragged=True):
+        """`ragged`: an end without a goodbye is an end too."""
         super().__init__(port, receive_bytes)
         self.file.close()
         try:
             self.sock = (context or trusting()).wrap_socket(
-                self.sock, server_hostname="localhost", suppress_ragged_eofs=False)
+                self.sock, server_hostname="localhost", suppress_ragged_eofs=ragged)
         except BaseException:
             self.sock.close()
             raise
@@ -9472,10 +9475,13 @@ class TlsServedTest(TlsTest):
             if environ["PATH_INFO"] == "/cut":
                 raise ConnectionError
         server = self.serve(app)
-        wire = self.connect(server).send(get("/", version="HTTP/1.0"))
-        self.assertEqual(wire.answer().body, b"some")
+
+        def ask(path):
+            wire = self.connect(server, ragged=False)
+            return wire.send(get(path, version="HTTP/1.0")).answer().body
+        self.assertEqual(ask("/"), b"some")
         with self.assertRaises(OSError):
-            self.connect(server).send(get("/cut", version="HTTP/1.0")).answer()
+            ask("/cut")
 
     def test_a_refused_upload_gets_its_answer(self):
         server = self.serve(hello, max_body=1000)
@@ -10946,6 +10952,33 @@ class ChatTest(WebSocketTest):
                 "--virtual-time-budget=2000",)):
             page = browser.dump_dom(outer, path="/page")
             self.assertIn("<li>&lt;b&gt;hello&lt;/b&gt;</li>", page)
+
+
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class AgainOverTls:
+    """The tests of another class, over TLS. Two of them have clients of another kind."""
+
+    test_a_thousand_requests_of_every_kind_share_one_connection = None
+    test_it_counts_as_a_connection_and_is_in_the_access_log = None
+
+    def setUp(self):
+        patch = mock.patch.dict(globals(), Wire=TlsWire, Peer=TlsPeer)
+        patch.start()
+        self.addCleanup(patch.stop)
+        super().setUp()
+
+    def serve(self, app, **settings):
+        return super().serve(app, **dict(zip(("cert", "key"), certificate())), **settings)
+
+
+class TlsPeer(OverTls, Peer):
+    """A WebSocket client over TLS that sends frames as they are."""
+
+
+for _kind in (RefusedRequestTest, ServedRequestTest, ExpectTest, ConnectionTest, GzipTest, WsgiTest,
+              StreamTest, AsyncServedTest, WebSocketServerTest):
+    _name = _kind.__name__.replace("Test", "OverTlsTest")
+    globals()[_name] = type(_name, (AgainOverTls, _kind), {"__module__": __name__})
 
 
 # === 19. HTTP client ==========================================================
