@@ -8423,7 +8423,7 @@ EXAMPLES = {        # module: expression that gives the WSGI application
 LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
 VENDORED = {"adapters": 30, "client": 775, "cross_origin": 55, "events": 75, "gzip_middleware": 45,
-            "jinja": 45, "testing": 390, "websocket": 940}
+            "jinja": 45, "testing": 390, "tls": 185, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
