@@ -9656,6 +9656,9 @@ class TlsHandshakeTest(TlsTest):
                 with self.assertRaises(OSError):
                     self.fetch(server, get())
                 self.assertIn("certificate", log.next().lower())
+            own.make = trusting  # a client's
+            with self.assertRaises((ValueError, ssl.SSLError)):
+                tls_module.make_context("own:make", "")
 
     def test_a_unix_socket_may_speak_it(self):
         with minibottle.bind("unix:" + os.path.join(FOLDER, "tls.sock")) as sock:
