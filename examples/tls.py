@@ -53,7 +53,8 @@ def make_context(cert: str, key: str) -> ssl.SSLContext:
     if re.fullmatch(r"[\w.]+:[\w.]+", cert):
         context = load(cert)
         context = context if isinstance(context, ssl.SSLContext) else context()
-        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)  # or it says why not
+        if context.check_hostname:
+            raise StartError(f"{cert} is the SSLContext of a client, not of a server")
     else:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
