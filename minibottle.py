@@ -4835,7 +4835,7 @@ class Worker(Loop):
             sock.setblocking(False)
             self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
-        self.sendfile = getattr(os, "sendfile", None)
+        self.sendfile: Any = getattr(os, "sendfile", None)
         if settings.cert:
             import_module(f"{THIS}.tls").secure(self)
 

@@ -2979,9 +2979,8 @@ class ServedFileTest(StaticFiles, WireTest):
             sent.append(args)
             return real(*args)
         real = getattr(os, "sendfile", None) or self.skipTest("no sendfile here")
-        server = self.serve(self.site())
-        wire = self.connect(server)
         with mock.patch.object(os, "sendfile", sendfile):
+            wire = self.connect(self.serve(self.site()))
             for start in (7, 2999999):
                 answer = wire.send(get("/data.bin", "Range: bytes=%d-3000000" % start)).answer()
                 self.assertEqual((answer.status, answer.body), (206, self.DATA[start:3000001]))
