@@ -167,6 +167,8 @@ class UsageError(Exception):
 SETTINGS = (
     # name, default (its type is the setting's), what it is: times in seconds, sizes in bytes
     ("bind", ("127.0.0.1:8080",), "host:port, [::1]:port, unix:/path or fd:3 (repeatable)"),
+    ("cert", "", "PEM file with the certificate and its chain: HTTPS (needs minibottle_tls.py)"),
+    ("key", "", "PEM file with the certificate's key, where that is not in the same file"),
     ("workers", "1", "worker processes: a number, auto (one a CPU) or 0 (no master process)"),
     ("max_threads", 32, "threads for code that blocks, per worker"),
     ("queue_timeout", 30.0, "a request waits this long for a thread, then 503"),
@@ -219,6 +221,8 @@ class Settings:
                 raise UsageError(f"setting {name}: with 0 nobody would be served")
         if self.log_file != "-":  # it is opened again, maybe from another directory
             self.log_file = os.path.abspath(self.log_file)
+        if self.key and not self.cert:
+            raise UsageError("setting key: without cert there is no TLS")
         if given:
             unknown = ", ".join(sorted(given))
             raise UsageError(f"unknown setting {unknown}; there are {', '.join(vars(self))}")
@@ -241,7 +245,7 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
 
 
 SETTING_FORMS: Dict[Any, str] = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?",
-                                 str: r"[^\0]+", "workers": "auto|[0-9]{1,4}"}
+                                 str: r"[^\0]*", "workers": "auto|[0-9]{1,4}"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -4619,7 +4623,6 @@ class Loop:
 
 TURN_BYTES = 1 << 18           # of an iterator or a file, then the others have their turn
 RECV_BYTES = 1 << 16
-SEND_BYTES = 1 << 10           # a socket that takes any takes so many at once
 SMALL_BODY = 1 << 16           # collected even if the answer does not need it: the connection lives
 MIN_BODY_RATE = 500            # bytes a second, on average, once body_timeout has passed
 MAX_SEGMENTS = 256             # first path segments of a foreign application that are learned
@@ -4837,6 +4840,9 @@ class Worker(Loop):
             sock.setblocking(False)
             self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
+        self.sendfile: Any = getattr(os, "sendfile", None)
+        if settings.cert:
+            import_module(f"{THIS}.tls").secure(self)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -5354,7 +5360,7 @@ class Worker(Loop):
         x.out, began = b"", x.sent
         try:
             while x.left and x.sent < began + TURN_BYTES:
-                n = self.user(me, os.sendfile, x.connection.fd, x.result.file.fileno(),
+                n = self.user(me, self.sendfile, x.connection.fd, x.result.file.fileno(),
                               x.offset + x.sent, min(x.left, TURN_BYTES))
                 if not n:
                     log.error("%s: the file ended %s bytes short", x.describe(), x.left)
@@ -5414,10 +5420,13 @@ class Worker(Loop):
             while view:
                 try:
                     view = view[sock.send(view):]
-                except (BlockingIOError, InterruptedError):  # a little of it waits for its room
-                    step = bridge.loop.sock_sendall(sock, view[:SEND_BYTES])
-                    await bridge.asyncio.wait_for(step, self.settings.write_timeout)
-                    view = view[SEND_BYTES:]
+                except (BlockingIOError, InterruptedError):
+                    room = bridge.asyncio.Event()
+                    bridge.loop.add_writer(sock, room.set)
+                    try:
+                        await bridge.asyncio.wait_for(room.wait(), self.settings.write_timeout)
+                    finally:
+                        bridge.loop.remove_writer(sock)
         except (OSError, bridge.asyncio.TimeoutError):
             raise ClientGone("while the answer was sent") from None
 
@@ -6119,13 +6128,13 @@ def print_started(sockets: List[socket.socket], workers: str, settings: Settings
         companion("service").notify("READY=1")
     if settings.quiet:
         return
-    where = ", ".join(format_address(sock) for sock in sockets)
+    where = ", ".join(format_address(sock, settings) for sock in sockets)
     print_line(f"{__version__} on {where}, {workers}, Python {sys.version.split()[0]}")
 
 
-def format_address(sock: socket.socket) -> str:
-    name = sock.getsockname()
-    return f"http://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
+def format_address(sock: socket.socket, settings: Settings) -> str:
+    name, scheme = sock.getsockname(), "https" if settings.cert else "http"
+    return f"{scheme}://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
 
 
 def join_port(host: str, port: Union[int, str]) -> str:
@@ -6318,7 +6327,7 @@ COMPANIONS = {  # files that may lie beside this one, and the names that are had
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "events": "event_stream", "ext": "install_as_bottle",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "reloading": "", "service": "", "testing": "Server TestClient",
+    "reloading": "", "service": "", "testing": "Server TestClient", "tls": "",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 
@@ -6460,7 +6469,8 @@ def make_parser() -> Any:
             parser.add_argument("-b", flag, dest=name, action="append", metavar="ADDRESS",
                                 help=f"{meaning} ({default[0]})")
         else:
-            parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
+            parser.add_argument(flag, dest=name, metavar="N",
+                                help=f"{meaning} ({default})".replace(" ()", ""))
     parser.add_argument("-s", "--server", metavar="NAME",
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")

@@ -74,6 +74,7 @@ from wsgiref.validate import WSGIWarning, validator
 
 import minibottle
 import minibottle.client as fetching
+import minibottle.tls as tls_module
 import minibottle.websocket as ws_module
 from minibottle import (
     App, BadRequest, FileUpload, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError,
@@ -2986,9 +2987,8 @@ class ServedFileTest(StaticFiles, WireTest):
             sent.append(args)
             return real(*args)
         real = getattr(os, "sendfile", None) or self.skipTest("no sendfile here")
-        server = self.serve(self.site())
-        wire = self.connect(server)
         with mock.patch.object(os, "sendfile", sendfile):
+            wire = self.connect(self.serve(self.site()))
             for start in (7, 2999999):
                 answer = wire.send(get("/data.bin", "Range: bytes=%d-3000000" % start)).answer()
                 self.assertEqual((answer.status, answer.body), (206, self.DATA[start:3000001]))
@@ -8678,7 +8678,7 @@ LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
 VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 75, "ext": 50,
             "gzip_middleware": 45, "jinja": 45, "reloading": 90, "service": 65, "testing": 390,
-            "websocket": 940}
+            "tls": 185, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -9193,7 +9193,9 @@ class CompanionTest(unittest.TestCase):
 
     def test_the_error_names_the_file_that_is_missing(self):
         programs = {"client": "from minibottle import fetch", "events": "import minibottle.events",
-                    "websocket": "__import__('minibottle').App().websocket('/')"}
+                    "websocket": "__import__('minibottle').App().websocket('/')",
+                    "tls": "m = __import__('minibottle'); "
+                           "m.Worker(m.App(), [], m.Settings(cert='x'))"}
         status, said, _ = self.run_python(self.lay(), "-c", f"""if True:
             for file, program in {programs}.items():
                 try:
@@ -9259,7 +9261,7 @@ class CompanionTest(unittest.TestCase):
         self.assertEqual(names, set((
             ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
             "functools hashlib http.client importlib importlib.util inspect io itertools json "
-            "logging os re select signal socket ssl subprocess sys threading time types typing "
+            "logging os re select selectors signal socket ssl subprocess sys threading time types typing "
             "urllib.parse urllib.request weakref .websocket wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
@@ -9541,6 +9543,470 @@ class GzipMiddlewareTest(UnitTest):
                 raise exc_info[1]
         with self.assertRaises(ZeroDivisionError):
             list(self.run_middleware(app, start_response))
+
+
+def certificate():
+    """The files (certificate, key) of "localhost"."""
+    with certificate_lock:
+        return make_certificate()
+
+
+certificate_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=None)
+def make_certificate():
+    cert, key = (os.path.join(FOLDER, name) for name in ("localhost.crt", "localhost.key"))
+    try:
+        done = subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+             "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+             "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except FileNotFoundError:
+        raise unittest.SkipTest("no openssl, which makes certificates") from None
+    if done.returncode:
+        raise unittest.SkipTest("openssl makes no certificate: " + done.stdout.decode()[-200:])
+    return cert, key
+
+
+class TlsClientSocket(ssl.SSLSocket):
+    """A client's, which can do what a plain socket can: look at what has come, close one side."""
+
+    def recv(self, size=1024, flags=0):
+        return socket.socket.recv(self, size, flags) if flags else super().recv(size)
+
+    def shutdown(self, how):
+        socket.socket.shutdown(self, how)
+
+
+def trusting(**attributes):
+    """An SSLContext of a client that trusts certificate()."""
+    context = ssl.create_default_context(cafile=certificate()[0])
+    context.sslsocket_class = TlsClientSocket
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+class OverTls:
+    """Makes a Wire speak TLS."""
+
+    def __init__(self, port, receive_bytes=None, context=None, ragged=True):
+        """`ragged`: an end without a goodbye is an end too."""
+        super().__init__(port, receive_bytes)
+        self.file.close()
+        try:
+            self.sock = (context or trusting()).wrap_socket(
+                self.sock, server_hostname="localhost", suppress_ragged_eofs=ragged)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.file = self.sock.makefile("rb")
+
+
+class TlsWire(OverTls, Wire):
+    """A raw client over TLS."""
+
+
+class TlsTest(WireTest):
+
+    def serve(self, app, **settings):
+        return super().serve(app, **{**dict(zip(("cert", "key"), certificate())), **settings})
+
+    def connect(self, server, **options):
+        wire = TlsWire(server.port, **options)
+        self.addCleanup(wire.close)
+        return wire
+
+    def fetch(self, server, data, method="GET"):
+        return self.connect(server).send(data).answer(method)
+
+    def listen_to_log(self):
+        logger = logging.getLogger("minibottle")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.INFO)
+        return super().listen_to_log()
+
+    def wait_for_none(self, server):
+        self.assertTrue(wait_until(lambda: not server.worker.connections))
+
+
+class TlsServedTest(TlsTest):
+    """HTTP over TLS, both ways and of every size."""
+
+    SIZE = 20_000_000 if LONG else 5_000_000
+
+    def serve_all(self, **settings):
+        app = App()
+        data = os.urandom(1 << 16) * (self.SIZE >> 16)
+        path = os.path.join(FOLDER, "data.bin")
+        with open(path, "wb") as file:
+            file.write(data)
+        digest = hashlib.sha256(data).hexdigest()
+
+        @app.post("/digest")
+        def post_digest(request):
+            return hashlib.sha256(request.body.read()).hexdigest()
+
+        @app.post("/upload")
+        def upload(request):
+            return hashlib.sha256(request.files["f"].file.read()).hexdigest()
+
+        @app.post("/streamed", stream=True)
+        def streamed(request):
+            found = hashlib.sha256()
+            for piece in request.stream:
+                found.update(piece)
+            return found.hexdigest()
+
+        @app.get("/generator")
+        def generator():
+            for i in range(0, len(data), 100_000):
+                yield data[i:i + 100_000]
+
+        @app.get("/coroutine")
+        async def coroutine():
+            for i in range(0, len(data), 100_000):
+                yield data[i:i + 100_000]
+        app.get("/url", callback=lambda: request.url)
+        app.get("/bytes", callback=lambda: data)
+        app.get("/file", callback=lambda: static_file("data.bin", root=FOLDER))
+        return self.serve(app, **settings), data, digest
+
+    def test_requests_and_answers_of_every_kind_share_one_connection(self):
+        server, data, digest = self.serve_all(gzip=False)
+        self.assertEqual(server.url, f"https://127.0.0.1:{server.port}")
+        wire = self.connect(server)
+        answer = wire.send(get("/url")).answer()
+        self.assertEqual((answer.status, answer.body), (200, b"https://x/url"))
+        for path in ("/bytes", "/file", "/generator", "/coroutine"):
+            with self.subTest(path):
+                answer = wire.send(get(path)).answer()
+                self.assertEqual(hashlib.sha256(answer.body).hexdigest(), digest)
+        field = form(part("f", data, filename="f"))
+        kind = "Content-Type: multipart/form-data; boundary=" + BOUNDARY
+        for path, body in (("/digest", data), ("/streamed", data), ("/upload", field)):
+            with self.subTest(path):
+                wire.send(post(kind, f"Content-Length: {len(body)}", path=path), body)
+                answer = wire.answer()
+                self.assertEqual(answer.body.decode(), digest)
+        self.assertEqual(wire.send(get("/url"), get("/url")).answer().body, b"https://x/url")
+        self.assertEqual(wire.answer().body, b"https://x/url")
+        self.assertEqual(len(server.worker.connections), 1)
+
+    def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up(self):
+        server, data, digest = self.serve_all(gzip=False, max_threads=1)
+        slow = [self.connect(server, receive_bytes=4096).send(get(path))
+                for path in ("/bytes", "/file", "/coroutine")]
+        for wire in slow:
+            self.assertTrue(wire.sock.recv(1, socket.MSG_PEEK))
+        self.assertEqual(self.fetch(server, get("/url")).status, 200)
+        for wire in slow:
+            self.assertEqual(hashlib.sha256(wire.answer().body).hexdigest(), digest)
+
+    def test_both_directions_at_once_on_two_threads(self):
+        """OpenSSL's objects are for one thread at a time."""
+        data = os.urandom(1 << 20) * 4
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(1)
+            listener = tls_module.Listener(listening, tls_module.make_context(
+                *certificate()))
+            wire = POOL.submit(TlsWire, listening.getsockname()[1])
+            sock = listener.accept()[0]
+            sock.settimeout(TIMEOUT)
+            first = POOL.submit(sock.recv, 65536)  # which does the handshake
+        wire.result().send(b"x")
+        self.assertEqual(first.result(), b"x")
+
+        def receive():
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+        def send():
+            view = memoryview(data)
+            while view:
+                view = view[sock.send(view):]
+        with contextlib.closing(wire.result()) as client, sock:
+            received, sent = POOL.submit(receive), POOL.submit(send)
+            reader = POOL.submit(client.exactly, len(data))
+            client.send(data)
+            self.assertEqual(reader.result(TIMEOUT), data)
+            sent.result(TIMEOUT)
+            client.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(received.result(TIMEOUT), data)
+
+    def test_the_end_of_an_answer_without_a_length_is_told_from_a_cut(self):
+        """RFC 8446 6.1: close_notify."""
+        def app(environ, start_response):
+            start_response("200 OK", [TEXT])
+            yield b"some"
+            if environ["PATH_INFO"] == "/cut":
+                raise ConnectionError
+        server = self.serve(app)
+
+        def ask(path):
+            wire = self.connect(server, ragged=False)
+            return wire.send(get(path, version="HTTP/1.0")).answer().body
+        self.assertEqual(ask("/"), b"some")
+        with self.assertRaises(OSError):
+            ask("/cut")
+
+    def test_a_refused_upload_gets_its_answer(self):
+        server = self.serve(hello, max_body=1000)
+        wire = self.connect(server).send(post("Content-Length: 1000000", body=bytes(100_000)))
+        self.assertEqual(wire.answer().status, 413)
+
+    def test_an_event_stream_ends_when_its_reader_says_goodbye(self):
+        """The alert comes before the end of the connection, which is not seen behind it."""
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            for kind in ("function", "coroutine"):
+                ended = threading.Event()
+
+                def function():
+                    try:
+                        while True:
+                            yield b"data: 1\n\n"
+                            time.sleep(0.01)
+                    finally:
+                        ended.set()
+
+                async def coroutine():
+                    try:
+                        while True:
+                            yield b"data: 1\n\n"
+                            await asyncio.sleep(0.01)
+                    finally:
+                        ended.set()
+
+                def events():
+                    response.content_type = "text/event-stream"
+                    return function() if kind == "function" else coroutine()
+                context = trusting(maximum_version=version)
+                wire = TlsWire(self.serve(app_of(events)).port, context=context).send(get())
+                wire.head()
+                wire.sock.setblocking(False)
+                with self.subTest(version=version, kind=kind), contextlib.closing(wire):
+                    with contextlib.suppress(OSError):
+                        wire.sock.unwrap()
+                    self.assertTrue(ended.wait(5 * SLOW))
+
+    def test_clients_that_go_in_the_middle_leave_nothing(self):
+        server = self.serve_all()[0]
+        with self.assertNoLogs():
+            for data in (b"", b"GET /", get("/bytes"), get("/generator"), get("/coroutine"),
+                         get("/file"), post("Content-Length: 99", body=b"x", path="/digest")):
+                for leave in (Wire.reset, Wire.close):
+                    wire = self.connect(server, receive_bytes=4096).send(data)
+                    leave(wire)
+            self.wait_for_none(server)
+
+    @contextlib.contextmanager
+    def assertNoLogs(self):
+        with self.assertLogs("minibottle", "WARNING") as logs:
+            logging.getLogger("minibottle").warning("nothing")
+            yield
+        self.assertEqual(len(logs.output), 1, logs.output)
+
+    def test_a_websocket_goes_over_it(self):
+        async def conversation(path):
+            async with connect_websocket(f"wss://localhost:{server.port}/{path}",
+                                         tls=trusting()) as ws:
+                for message in ("ä" * 9000, b"", bytes(3_000_000), os.urandom(1_000_000), "hello"):
+                    await ws.send(message)
+                    self.assertEqual(await ws.receive(), message)
+            self.assertEqual(ws.code, 1000)
+
+        async def echo(ws):
+            async for message in ws:
+                await ws.send(message)
+
+        def blocking(ws):
+            for message in ws:
+                ws.send(message)
+        app = App()
+        app.websocket("/echo")(echo)
+        app.websocket("/blocking")(blocking)
+        server = self.serve(app)
+        for path in ("echo", "blocking"):
+            asyncio.run(asyncio.wait_for(conversation(path), TIMEOUT))
+        self.wait_for_none(server)
+
+
+class TlsHandshakeTest(TlsTest):
+
+    def test_http_1_1_over_tls_1_2_and_newer_is_what_it_speaks(self):
+        server = self.serve(hello)
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            context = trusting(minimum_version=version, maximum_version=version)
+            context.set_alpn_protocols(["h2", "http/1.1"])
+            with contextlib.closing(TlsWire(server.port, context=context)) as wire:
+                self.assertEqual(wire.send(get()).answer().status, 200)
+                self.assertEqual((wire.sock.version(), wire.sock.selected_alpn_protocol()),
+                                 (str(version.name).replace("_", "."), "http/1.1"))
+
+    def test_what_is_older_is_refused(self):
+        log = self.listen_to_log()
+        context = trusting()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.set_ciphers("DEFAULT:@SECLEVEL=0")
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+        with self.assertRaises(OSError):
+            TlsWire(self.serve(hello).port, context=context)
+        self.assertRegex(log.next(), "^127.0.0.1: TLS failed: .*(?i:version|protocol)")
+
+    def test_what_is_no_tls_is_closed_at_once_with_one_line(self):
+        log = self.listen_to_log()
+        server = self.serve(hello)
+        for data in (get(), b"\0" * 600, b"\x16\x03\x01\x00\x05hello", b"SSH-2.0-x\r\n" * 10):
+            with self.subTest(data), connect(server.url) as sock:
+                then = time.monotonic()
+                sock.sendall(data)
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertNotIn(b"HTTP", read_all(sock))
+                self.assertLess(time.monotonic() - then, 1 * SLOW)
+                self.assertRegex(log.next(), r"^127.0.0.1: TLS failed: [^\n]*$")
+        self.wait_for_none(server)
+        self.assertTrue(log.queue.empty())
+        self.assertEqual(self.fetch(server, get()).status, 200)
+
+    def test_who_looks_whether_the_port_is_open_is_no_line(self):
+        log = self.listen_to_log()
+        server = self.serve(hello)
+        for data in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            for leave in (socket.socket.close, reset):
+                sock = connect(server.url)
+                sock.sendall(data)
+                leave(sock)
+        self.wait_for_none(server)
+        self.assertTrue(log.queue.empty())
+
+    def test_a_certificate_that_cannot_be_used_is_named(self):
+        cert, key = certificate()
+        other = os.path.join(FOLDER, "other.key")
+        subprocess.run(["openssl", "ec", "-in", key, "-out", other, "-aes128", "-passout",
+                        "pass:secret"], check=True, stderr=subprocess.DEVNULL)
+        for files, text in (
+                ({"cert": "nowhere.pem"}, "nowhere.pem .*No such file"),
+                ({"cert": cert, "key": "nowhere.key"}, "nowhere.key .*No such file"),
+                ({"cert": FOLDER, "key": key}, "Is a directory"),
+                ({"cert": key, "key": key}, "localhost.key"), ({"cert": cert, "key": cert}, "crt"),
+                ({"cert": cert, "key": other}, "other.key")):
+            with self.subTest(files), self.assertRaisesRegex(minibottle.StartError, text), \
+                    minibottle.bind("127.0.0.1:0") as sock:
+                tls_module.make_context(**{"key": "", **files})
+                minibottle.Worker(hello, [sock], Settings(**files))
+
+        with self.assertRaisesRegex(UsageError, "setting key.* cert"):
+            Settings(key=key)
+
+    def test_one_file_may_hold_both(self):
+        both = os.path.join(FOLDER, "both.pem")
+        with open(both, "w") as file:
+            for path in certificate():
+                with open(path) as one:
+                    file.write(one.read())
+        self.assertEqual(self.fetch(self.serve(hello, cert=both, key=""), get()).status, 200)
+
+    def test_the_settings_may_name_a_context_or_what_makes_one(self):
+        context = tls_module.make_context(*certificate())
+        context.load_verify_locations(certificate()[0])
+        context.verify_mode = ssl.CERT_REQUIRED
+        own = types.SimpleNamespace(context=context, make=lambda: context)
+        log, ours = self.listen_to_log(), trusting()
+        ours.load_cert_chain(*certificate())
+        with mock.patch.dict(sys.modules, own=own):
+            for name in ("own:context", "own:make"):
+                server = self.serve(hello, cert=name, key="")
+                with contextlib.closing(TlsWire(server.port, context=ours)) as wire:
+                    self.assertEqual(wire.send(get()).answer().status, 200)
+                with self.assertRaises(OSError):
+                    self.fetch(server, get())
+                self.assertIn("certificate", log.next().lower())
+            own.make = trusting  # a client's
+            with self.assertRaisesRegex(minibottle.StartError, "own:make .* client"):
+                tls_module.make_context("own:make", "")
+
+    def test_a_unix_socket_may_speak_it(self):
+        with minibottle.bind("unix:" + os.path.join(FOLDER, "tls.sock")) as sock:
+            worker = minibottle.Worker(hello, [sock], Settings(
+                workers="0", cert=certificate()[0], key=certificate()[1]))
+            thread = threading.Thread(target=worker.monitor)
+            thread.start()
+            try:
+                with socket.socket(socket.AF_UNIX) as plain:
+                    plain.settimeout(TIMEOUT)
+                    plain.connect(os.path.join(FOLDER, "tls.sock"))
+                    with trusting().wrap_socket(plain, server_hostname="localhost") as client:
+                        client.sendall(get("/", "Connection: close"))
+                        self.assertTrue(read_all(client).startswith(b"HTTP/1.1 200 "))
+            finally:
+                worker.stop()
+                thread.join()
+                minibottle.unlink_sockets()
+
+
+class TlsEndOfWaitTest(PooledTest, TlsTest):
+    """Every wait for a client ends; these tests only wait."""
+
+    def test_who_never_says_hello_delays_nobody_and_is_closed_at_the_deadline(self):
+        server = self.serve(hello, header_timeout=0.3)
+        then = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(connect(server.url)) for _ in range(40)]
+            for sock in silent[::2]:  # the head of a record, and then no more
+                sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+            began = time.monotonic()
+            self.assertEqual(self.fetch(server, get()).status, 200)
+            self.assertLess(time.monotonic() - began, (0.3 if LONG else 1) * SLOW)
+            for sock in silent:
+                self.assertEqual(read_all(sock), b"")
+        self.assertTrue(0.2 < time.monotonic() - then < 0.3 + SLOW)
+
+    def test_half_a_request_after_a_handshake_has_its_deadline_too(self):
+        wire = self.connect(self.serve(hello, header_timeout=0.1)).send(b"GET ")
+        self.assertEqual(wire.answer().status, 408)
+
+    def test_a_body_that_comes_too_slowly_is_a_408_where_it_is_streamed_too(self):
+        app = app_of(lambda: request.body.read(), method="POST", stream=True)
+        server = self.serve(app, body_timeout=0.1)
+        wire = self.connect(server).send(post("Content-Length: 9", body=b"x"))
+        self.assertEqual(wire.answer().status, 408)
+
+@unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
+class CommandTlsTest(PooledTest):
+
+    def test_it_starts_with_https_and_connections_leave_little_behind(self):
+        cert, key = certificate()
+        with serve("shop:app", "--cert", cert, "--key", key) as server:
+            self.assertRegex(server.url, "^https://127.0.0.1:")
+            port, context = int(server.url.rpartition(":")[2]), trusting()
+
+            def visit(count):
+                for _ in range(count):
+                    with contextlib.closing(TlsWire(port, context=context)) as wire:
+                        self.assertEqual(wire.send(get()).answer().body, b"Hello World!")
+            visit(50)
+            worker, = server.children()
+            before = memory(worker)
+            visit(2000 if LONG else 150)
+            self.assertLess(memory(worker) - before, (3 if LONG else 2) << 20)
+            self.assertEqual(server.stop(), 0)
+
+    def test_what_cannot_start_is_one_line(self):
+        cert, key = certificate()
+        rows = [(["shop:app", "--bind", "127.0.0.1:0", "--workers", n, *args], status, text)
+                for n in "01" for args, status, text in (
+                    (["--cert", "nowhere.pem"], 1, "cannot use nowhere.pem for TLS: No such file"),
+                    (["--cert", cert, "--key", "shop.py"], 1, r"cannot use .*shop\.py for TLS"),
+                    (["--key", key], 2, "setting key: without cert"))]
+        results = finish_each([row[0] for row in rows])
+        for (args, status, text), (found, out, err) in zip(rows, results):
+            with self.subTest(args):
+                self.assertEqual((found, out, err.count("\n")), (status, "", 1), err)
+                self.assertRegex(err, "^minibottle: .*" + text)
 
 
 # === 18. WebSocket ============================================================
@@ -10760,6 +11226,33 @@ class ChatTest(WebSocketTest):
             self.assertIn("<li>&lt;b&gt;hello&lt;/b&gt;</li>", page)
 
 
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class AgainOverTls:
+    """The tests of another class, over TLS. Two of them have clients of another kind."""
+
+    test_a_thousand_requests_of_every_kind_share_one_connection = None
+    test_it_counts_as_a_connection_and_is_in_the_access_log = None
+
+    def setUp(self):
+        patch = mock.patch.dict(globals(), Wire=TlsWire, Peer=TlsPeer)
+        patch.start()
+        self.addCleanup(patch.stop)
+        super().setUp()
+
+    def serve(self, app, **settings):
+        return super().serve(app, **dict(zip(("cert", "key"), certificate())), **settings)
+
+
+class TlsPeer(OverTls, Peer):
+    """A WebSocket client over TLS that sends frames as they are."""
+
+
+for _kind in (RefusedRequestTest, ServedRequestTest, ExpectTest, ConnectionTest, GzipTest, WsgiTest,
+              StreamTest, AsyncServedTest, WebSocketServerTest):
+    _name = _kind.__name__.replace("Test", "OverTlsTest")
+    globals()[_name] = type(_name, (AgainOverTls, _kind), {"__module__": __name__})
+
+
 # === 19. HTTP client ==========================================================
 
 CLOSE = None                   # after the answer before it
@@ -11441,14 +11934,7 @@ class ClientTlsTest(ClientTest):
 
     @classmethod
     def setUpClass(cls):
-        cls.cert, key = (os.path.join(FOLDER, name) for name in ("client.crt", "client.key"))
-        done = subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-             "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out",
-             cls.cert, "-days", "2", "-subj", "/CN=localhost", "-addext",
-             "subjectAltName=DNS:localhost"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise unittest.SkipTest("openssl makes no certificate: " + done.stdout.decode()[-200:])
+        cls.cert, key = certificate()
         cls.own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cls.own.load_cert_chain(cls.cert, key)
         cls.trusting = ssl.create_default_context(cafile=cls.cert)
