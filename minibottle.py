@@ -112,7 +112,7 @@ __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "static_file app apps default_app AppStack route get post put delete patch error hook install "
     "uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
-    "Settings ResourceManager JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
+    "Settings JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
     "TemplateError debug BaseRequest BaseResponse LocalRequest LocalResponse FileUpload "
     "CookieError MultipartError auth_basic parse_auth cookie_encode cookie_decode "
     "cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route "
@@ -3135,38 +3135,6 @@ class ConfigDict(dict):
         return ConfigDict(self)
 
 
-class ResourceManager:
-    """Finds files by name in a list of directories, `path`."""
-
-    def __init__(self, base: str = "./", opener: Callable = open) -> None:
-        self.base = base
-        self.opener = opener
-        self.path: List[str] = []
-
-    def add_path(self, path: str, base: Optional[str] = None, index: Optional[int] = None,
-                 create: bool = False) -> bool:
-        """Search the directory of `path` too ("./files/", or a file in it), which is relative to
-        that of `base`; is it there?"""
-        root = os.path.abspath(os.path.dirname(base or self.base))
-        path = os.path.abspath(os.path.join(root, os.path.dirname(path))) + os.sep
-        self.path = [known for known in self.path if known != path]
-        self.path.insert(len(self.path) if index is None else index, path)
-        if create:
-            os.makedirs(path, exist_ok=True)
-        return os.path.exists(path)
-
-    def lookup(self, name: str) -> Optional[str]:
-        """The path of the first file of this name, or None."""
-        paths = (os.path.join(path, name) for path in self.path)
-        return next(filter(os.path.isfile, paths), None)
-
-    def open(self, name: str, mode: str = "r", *args: Any, **options: Any) -> Any:
-        path = self.lookup(name)
-        if path is None:
-            raise FileNotFoundError(f"no resource {name!r} in {self.path}")
-        return self.opener(path, mode, *args, **options)
-
-
 class JSONPlugin:
     """Has dicts and lists written by an encoder of one's own: app.install(JSONPlugin(dumps)).
 
@@ -3507,7 +3475,6 @@ class App:
                  json_dumps: Optional[Callable] = None, **config: object) -> None:
         self.routes: List[Route] = []
         self.router = Router()
-        self.resources = ResourceManager()
         self.error_handler: Dict[Any, Callable] = {}  # by status or exception class
         self.plugins: List[Any] = [JSONPlugin(), TemplatePlugin()]
         self._hooks: Dict[str, List[Callable]] = {  # in the order of their calls
@@ -3528,6 +3495,11 @@ class App:
     # False: exceptions go on to the server or middleware
     catchall = property(lambda self: self.config["catchall"],
                         lambda self, value: self.config.update(catchall=value))
+
+    @cached_property
+    def resources(self) -> Any:
+        """A ResourceManager, of minibottle_resources.py."""
+        return import_module(f"{THIS}.resources").ResourceManager()
 
     def __enter__(self) -> App:
         """In `with app:` it is the default application."""
@@ -4858,7 +4830,7 @@ class Worker(Loop):
             "SERVER_SOFTWARE": "minibottle", "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http", "wsgi.multithread": True, "wsgi.run_once": False,
             "wsgi.multiprocess": self.settings.workers not in ("0", "1"),
-            "wsgi.errors": sys.stderr or LogStream(), "wsgi.input": EMPTY_INPUT,
+            "wsgi.errors": sys.stderr or open(os.devnull, "w"), "wsgi.input": EMPTY_INPUT,
             "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
             "minibottle.settings": self.settings})
         return environ
@@ -5634,14 +5606,6 @@ def note_refusal(message: str, *args: object) -> None:
         log.info(message, *args)
 
 
-class LogStream(io.TextIOBase):
-    """wsgi.errors where there is no stderr."""
-
-    def write(self, text: str) -> int:
-        log.error("%s", text.rstrip())
-        return len(text)
-
-
 # === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target, which may call run(), and tells the master over its own pair of sockets (the link)
@@ -5750,7 +5714,6 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
     finally:
         for sock in sockets:
             sock.close()
-        unlink_sockets()
 
 
 def tell(link: socket.socket, message: dict) -> None:
@@ -5833,7 +5796,6 @@ class Master:
                 self.watch()
         finally:
             self.stop(signal.SIGKILL)
-            unlink_sockets()
             self.bell.close()
         return self.status
 
@@ -6186,64 +6148,22 @@ def parse_address(address: str) -> Tuple[str, int]:
 def bind(address: str) -> socket.socket:
     """"host:port", "[::1]:port", ":port" (any host), "unix:/path" or "fd:3" (one that is inherited)
     -> a listening socket. Raises UsageError, StartError."""
-    if address.startswith("fd:"):
-        return companion("service").adopt(address)
-    path = address[5:] if address.startswith("unix:") else ""
-    name: Any = path or parse_address(address)
-    if path and not hasattr(socket, "AF_UNIX"):
-        raise UsageError(f"no unix sockets on this system: {address}")
-    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in name[0] else socket.AF_INET
+    if address.startswith(("fd:", "unix:")):
+        return companion("service").bind(address)
+    name = parse_address(address)
+    family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if path:
-            bind_unix(sock, path)
-        else:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
-            option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
-            sock.setsockopt(socket.SOL_SOCKET, option, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(name)
+    try:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
+        option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
+        sock.setsockopt(socket.SOL_SOCKET, option, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(name)
         sock.listen(1024)
     except OSError as error:
         sock.close()
         raise StartError(f"cannot bind to {address}: {error.strerror or error}") from None
     return sock
-
-
-def bind_unix(sock: socket.socket, path: str) -> None:
-    """For its owner only (0600). A Unix socket that nobody listens on any more is replaced."""
-    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-        try:
-            sock.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "somebody listens there")
-    mask = os.umask(0o177)
-    try:
-        sock.bind(path)
-    finally:
-        os.umask(mask)
-    unix_sockets[path] = identity(path)
-
-
-def unlink_sockets() -> None:
-    """Remove the unix sockets that are still ours: another server may have taken the path."""
-    while unix_sockets:
-        path, made = unix_sockets.popitem()
-        try:
-            if made == identity(path):
-                os.unlink(path)
-        except OSError:
-            pass
-
-
-unix_sockets: Dict[str, tuple] = {}  # path -> its identity when it was bound
-
-
-def identity(path: str) -> tuple:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
@@ -6327,7 +6247,8 @@ COMPANIONS = {  # files that may lie beside this one, and the names that are had
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "events": "event_stream", "ext": "install_as_bottle",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "reloading": "", "service": "", "testing": "Server TestClient", "tls": "",
+    "reloading": "", "resources": "ResourceManager", "service": "", "tls": "",
+    "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 
