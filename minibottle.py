@@ -188,6 +188,7 @@ SETTINGS = (
     ("gzip", True, "compress what a client accepts compressed"),
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
+    ("trusted_proxies", (), "address, network or unix: its X-Forwarded-* count (repeatable)"),
     ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
 )
@@ -225,7 +226,7 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
     if kind is tuple:
         values = (value,) if isinstance(value, str) else value
         fits = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
-        if fits and values:
+        if fits and (values or not default):
             return tuple(values)
     elif kind is bool:
         if isinstance(value, bool):
@@ -4808,6 +4809,9 @@ class Worker(Loop):
         # FAST: a bound method is called without the detour over its class
         self.app = app.__call__ if hasattr(type(app).__call__, "__code__") else app
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
+        if settings.trusted_proxies:
+            proxies = import_module(f"{THIS}.proxies")
+            self.plan = proxies.forwarding(settings.trusted_proxies, self.plan)
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
@@ -5461,7 +5465,7 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
-        if getattr(error, "status", 0) == 413 and self.plan != self.learned_plan:
+        if getattr(error, "status", 0) == 413 and hasattr(self.target, "minibottle_plan"):
             x.environ.update({"minibottle.refused": error, "minibottle.route": None})
             return self.call(x, me)
         self.on_error(x, error, me)
@@ -6221,7 +6225,7 @@ COMPANIONS = {  # files that may lie beside this one, and the names that are had
     "adapters": "WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "events": "event_stream",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "testing": "Server TestClient",
+    "proxies": "", "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 
@@ -6441,8 +6445,9 @@ def make_parser() -> Any:
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
                                 help=f"the opposite; {flag} is the default")
         elif isinstance(default, tuple):
-            parser.add_argument("-b", flag, dest=name, action="append", metavar="ADDRESS",
-                                help=f"{meaning} ({default[0]})")
+            short = ["-b"] if name == "bind" else []
+            parser.add_argument(*short, flag, dest=name, action="append", metavar="ADDRESS",
+                                help=f"{meaning} ({', '.join(default) or 'none'})")
         else:
             parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
     parser.add_argument("-s", "--server", metavar="NAME",

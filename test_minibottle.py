@@ -1053,6 +1053,29 @@ def find_browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@contextlib.contextmanager
+def nginx_in_front(behind, directives=""):
+    """The URL of an nginx that passes on to another server's."""
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        taken.close()
+        path = os.path.join(folder, "nginx.conf")
+        with open(path, "w") as file:
+            file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
+            for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
+                file.write("%s_temp_path %s/%s; " % (what, folder, what))
+            file.write("access_log off; %s server { listen 127.0.0.1:%d; location / { "
+                       "proxy_pass %s; } } }" % (directives, port, behind))
+        nginx = subprocess.Popen([NGINX, "-p", folder, "-c", path])
+        try:
+            wait_until(lambda: not is_refused("http://127.0.0.1:%d" % port))
+            yield "http://127.0.0.1:%d" % port
+        finally:
+            nginx.terminate()
+            nginx.wait(TIMEOUT)
+
+
+NGINX = shutil.which("nginx")
 CURL = shutil.which("curl")
 BROWSER = find_browser()
 
@@ -8988,8 +9011,8 @@ class CompanionTest(unittest.TestCase):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
             ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
-            "functools hashlib http.client inspect io itertools json logging os re select socket "
-            "ssl sys threading time types typing urllib.parse urllib.request weakref "
+            "functools hashlib http.client inspect io ipaddress itertools json logging os re select "
+            "socket ssl sys threading time types typing urllib.parse urllib.request weakref "
             ".websocket wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
@@ -9271,6 +9294,151 @@ class GzipMiddlewareTest(UnitTest):
                 raise exc_info[1]
         with self.assertRaises(ZeroDivisionError):
             list(self.run_middleware(app, start_response))
+
+
+PROXIED = (  # (peer, headers, what they make of REMOTE_ADDR, REMOTE_PORT, URL, SERVER_PORT)
+    # who is believed
+    ("9.9.9.9", {"For": "1.1.1.1", "Proto": "https", "Host": "evil"}, "9.9.9.9 7 http://a/ 8080"),
+    ("", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("10.0.0.10", {"For": "1.1.1.1"}, "10.0.0.10 7 http://a/ 8080"),
+    ("127.0.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("10.1.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("::ffff:10.1.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("fe80::1%eth0", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {}, "127.0.0.1 7 http://a/ 8080"),
+    # the client is the right-most whom nobody vouches for
+    ("127.0.0.1", {"For": "6.6.6.6, 1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "6.6.6.6, 1.1.1.1,10.1.2.3 ,\t10.1.0.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "10.1.0.1, 10.1.0.2"}, "10.1.0.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "6.6.6.6, rubbish, 10.1.0.2"}, "10.1.0.2  http://a/ 8080"),
+    # how an address may look
+    ("127.0.0.1", {"For": "1.1.1.1:80"}, "1.1.1.1 80 http://a/ 8080"),
+    ("127.0.0.1", {"For": "2001:DB8::1"}, "2001:db8::1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "[2001:db8::1]"}, "2001:db8::1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "[2001:db8::1]:80"}, "2001:db8::1 80 http://a/ 8080"),
+    ("127.0.0.1", {"For": "::ffff:1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    *(("127.0.0.1", {"For": hop}, "127.0.0.1 7 http://a/ 8080") for hop in (
+        "", ",", "unknown", "_hidden", "localhost", "1.1.1", "1.1.1.1.1", "1.1.1.256", "1.1.1.1:",
+        "1.1.1.1:x", "1.1.1.1:123456", "[1.1.1.1", "::1]", "fe80::1%<b>", "1", "\xb2.1.1.1",
+        "1.1.1.1" + " " * 60 + "1", "6.6.6.6, unknown", "6.6.6.6,")),
+    # the URL
+    ("127.0.0.1", {"Proto": "https"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Proto": "WSS"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Proto": "http"}, "127.0.0.1 7 http://a/ 80"),
+    ("127.0.0.1", {"Proto": "https, http"}, "127.0.0.1 7 http://a/ 80"),
+    ("127.0.0.1", {"Proto": "gopher"}, "127.0.0.1 7 http://a/ 8080"),
+    ("127.0.0.1", {"Host": "b.example"}, "127.0.0.1 7 http://b.example/ 80"),
+    ("127.0.0.1", {"Host": "evil, b:81"}, "127.0.0.1 7 http://b:81/ 81"),
+    ("127.0.0.1", {"Host": "[::1]:81"}, "127.0.0.1 7 http://[::1]:81/ 81"),
+    *(("127.0.0.1", {"Host": host}, "127.0.0.1 7 http://a/ 8080") for host in (
+        "", "a/b", "a@b", ":80", "a b", "a:b", "\xe4")),
+    ("127.0.0.1", {"Port": "81"}, "127.0.0.1 7 http://a:81/ 81"),
+    ("127.0.0.1", {"Port": "443", "Proto": "https"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Port": "444", "Host": "[::1]"}, "127.0.0.1 7 http://[::1]:444/ 444"),
+    ("127.0.0.1", {"Port": "81", "Host": "b:82"}, "127.0.0.1 7 http://b:82/ 82"),
+    *(("127.0.0.1", {"Port": port}, "127.0.0.1 7 http://a/ 8080") for port in (
+        "", "0", "65536", "+5", "8_0", "\xb2", "http", "81,")),
+    ("127.0.0.1", {"For": "1.1.1.1", "Proto": "https", "Host": "b", "Port": "444"},
+     "1.1.1.1  https://b:444/ 444"),
+)
+
+
+class ProxiesTest(WireTest):
+    """X-Forwarded-* of proxies that are trusted, and of nobody else."""
+
+    TRUSTED = ("unix", "127.0.0.1", "10.1.0.0/16", "fe80::/10", "10.0.0.8/31")
+
+    def see(self, trusted, environ):
+        """The environ that reaches the application."""
+        from minibottle.proxies import forwarding
+        return forwarding(trusted, lambda seen: seen)(environ)
+
+    def test_what_they_say_is_in_the_environ(self):
+        for peer, headers, expected in PROXIED:
+            environ = environ_of(HTTP_HOST="a", SERVER_PORT="8080", REMOTE_ADDR=peer,
+                                 REMOTE_PORT="7", **{"wsgi.url_scheme": "http"},
+                                 **{"HTTP_X_FORWARDED_" + name.upper(): value
+                                    for name, value in headers.items()})
+            with self.subTest(peer=peer, headers=headers):
+                seen = self.see(self.TRUSTED, environ)
+                got = [seen["REMOTE_ADDR"], seen["REMOTE_PORT"], Request(seen).url]
+                self.assertEqual(" ".join([*got, seen["SERVER_PORT"]]), expected)
+
+    def test_a_request_without_a_host_gets_the_port_alone(self):
+        environ = environ_of(REMOTE_ADDR="", SERVER_NAME="n", SERVER_PORT="1",
+                             HTTP_X_FORWARDED_PORT="81", **{"wsgi.url_scheme": "http"})
+        seen = self.see(["unix"], environ)
+        self.assertEqual((Request(seen).url, "HTTP_HOST" in seen), ("http://n:81/", False))
+
+    def test_other_fields_mean_nothing(self):
+        environ = environ_of(REMOTE_ADDR="127.0.0.1", HTTP_FORWARDED="for=1.1.1.1;host=evil",
+                             HTTP_X_REAL_IP="1.1.1.1", HTTP_X_FORWARDED_PREFIX="/evil",
+                             **{"wsgi.url_scheme": "http"})
+        self.assertEqual(self.see(["127.0.0.1"], dict(environ)), environ)
+
+    def test_a_long_list_of_hops_takes_linear_time(self):
+        hops = ", ".join("10.1.%d.%d" % (i >> 8, i & 255) for i in range(3000))
+        began = time.process_time()
+        seen = self.see(["127.0.0.1", "10.0.0.0/8"], environ_of(
+            REMOTE_ADDR="127.0.0.1", HTTP_X_FORWARDED_FOR="6.6.6.6, rubbish, " + hops))
+        self.assertEqual(seen["REMOTE_ADDR"], "10.1.0.0")
+        self.assertLess(time.process_time() - began, 0.5 * SLOW)
+
+    def test_the_application_its_urls_and_its_websockets_see_the_client(self):
+        app = app_of(lambda: f"{request.remote_addr} {request.url}")
+        app.websocket("/ws")(lambda ws: None)
+        forwarded = {"X-Forwarded-For": "1.1.1.1", "X-Forwarded-Proto": "https",
+                     "X-Forwarded-Host": "shop.example"}
+        upgrade = {**forwarded, "Connection": "Upgrade", "Upgrade": "websocket",
+                   "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        for trusted, client, url, statuses in (
+                ((), "127.0.0.1", None, [403, 101]),
+                (("127.0.0.1",), "1.1.1.1", "https://shop.example/", [101, 403])):
+            server = self.serve(app, trusted_proxies=trusted)
+            with self.subTest(trusted=trusted), self.assertLogs("minibottle.access") as logs:
+                self.assertEqual(fetch(server.url, headers=forwarded)[2].decode(),
+                                 f"{client} {url or server.url + '/'}")
+                self.assertTrue(wait_until(lambda: logs.records))
+                self.assertEqual((logs.records[0].client, logs.records[0].peer),
+                                 (client, "127.0.0.1"))
+                for origin, status in zip(("https://shop.example", server.url), statuses):
+                    self.assertEqual(fetch(server.url, "/ws", headers={
+                        **upgrade, "Origin": origin})[0], status)
+
+    def test_a_body_that_is_too_large_is_refused_by_the_server_and_by_an_app(self):
+        def wsgi(environ, start_response):
+            saw.append(environ)
+        saw, app = [], app_of(lambda: "", method="POST")
+        app.error(413)(lambda error: "my page for " + request.remote_addr)
+        for served, expected in ((wsgi, b"max_body"), (app, b"my page for 1.1.1.1")):
+            server = self.serve(served, trusted_proxies="127.0.0.1", max_body=5)
+            status, _, body = fetch(server.url, "/", "POST", b"123456",
+                                    {"X-Forwarded-For": "1.1.1.1"})
+            self.assertEqual((status, expected in body), (413, True), body)
+        self.assertEqual(saw, [])
+
+    def test_what_is_no_address_is_named_at_the_start(self):
+        for bad in ("nonsense", "10.0.0.1/8", "10.0.0.0/33", "*", "", "localhost", "unix:/a"):
+            with self.subTest(bad=bad), self.assertRaisesRegex(
+                    UsageError, "trusted_proxies: .*" + re.escape(repr(bad).strip("'"))):
+                self.see([bad], {})
+        self.assertEqual(Settings(trusted_proxies=()).trusted_proxies, ())
+        status, _, said = finish("shop:app", "--trusted-proxies", "10.0.0.0/8",
+                                 "--trusted-proxies=nonsense", "--bind", "127.0.0.1:0")
+        self.assertEqual((status, said.count("\n"), "nonsense" in said), (2, 1, True), said)
+
+    @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+    def test_nginx_in_front_says_who_the_client_is(self):
+        app = app_of(lambda: f"{request.remote_addr} {request.url}")
+        server = self.serve(app, trusted_proxies="127.0.0.2")
+        fields = "".join("proxy_set_header X-Forwarded-%s; " % field for field in (
+            "For $proxy_add_x_forwarded_for", "Proto $scheme", "Host $http_host", 'Port ""'))
+        said = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil",
+                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https"}
+        with nginx_in_front(server.url, "proxy_bind 127.0.0.2; " + fields) as url:
+            self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {url}/")
+        with nginx_in_front(server.url, fields) as url:  # from an address that is not trusted
+            self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {server.url}/")
 
 
 # === 18. WebSocket ============================================================
@@ -11336,28 +11504,11 @@ class ClientServersTest(ClientTest):
             server.stop()
             await server.close_all_connections()
 
-    @unittest.skipUnless(LONG and shutil.which("nginx"), "needs nginx and MINIBOTTLE_LONG=1")
+    @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
     async def test_nginx_in_front_of_ours(self):
         with serve_builtin(load_example("example_tornado")) as behind, \
-                tempfile.TemporaryDirectory() as folder, socket.create_server(
-                    ("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            taken.close()
-            path = os.path.join(folder, "nginx.conf")
-            with open(path, "w") as file:
-                file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
-                for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
-                    file.write("%s_temp_path %s/%s; " % (what, folder, what))
-                file.write("access_log off; gzip on; gzip_types *; gzip_min_length 1; server { "
-                           "listen 127.0.0.1:%d; location / { proxy_pass %s; } } }"
-                           % (port, behind))
-            nginx = subprocess.Popen(["nginx", "-p", folder, "-c", path])
-            try:
-                wait_until(lambda: not is_refused(f"http://127.0.0.1:{port}"))
-                await self.check(f"http://127.0.0.1:{port}")
-            finally:
-                nginx.terminate()
-                nginx.wait(TIMEOUT)
+                nginx_in_front(behind, "gzip on; gzip_types *; gzip_min_length 1; ") as url:
+            await self.check(url)
 
 
 # === 20. Test client, sessions, cross-origin requests, uploads ================
@@ -12149,7 +12300,7 @@ class ReadmeTest(unittest.TestCase):
         expected = []
         for name, default, meaning in minibottle.SETTINGS:
             if isinstance(default, tuple):
-                shown = default[0]
+                shown = default[0] if default else "none"
             elif isinstance(default, bool):
                 shown = "on" if default else "off"
             else:
