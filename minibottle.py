@@ -3831,6 +3831,13 @@ class App:
         """The page of an error that has no handler of its own; override it for another look."""
         if isinstance(res.body, (dict, list)):
             return res.body
+        if DEBUG and res.traceback:
+            try:
+                page = import_module(f"{THIS}.debugging").debug_page(res)
+            except ModuleNotFoundError:  # it does not lie beside
+                page = None
+            if page:
+                return page
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
         cause = f"<pre>{html_escape(res.traceback)}</pre>\n" if DEBUG and res.traceback else ""
@@ -6223,7 +6230,7 @@ sys.meta_path.append(Finder())
 
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
     "adapters": "WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
-    "cross_origin": "cross_origin_protection", "events": "event_stream",
+    "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
     "proxies": "", "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}

@@ -9011,9 +9011,10 @@ class CompanionTest(unittest.TestCase):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
             ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
-            "functools hashlib http.client inspect io ipaddress itertools json logging os re select "
-            "socket ssl sys threading time types typing urllib.parse urllib.request weakref "
-            ".websocket wsgiref.simple_server zlib").split()))
+            "functools hashlib http.client inspect io ipaddress itertools json linecache logging "
+            "os re reprlib select socket ssl sys threading time traceback types typing "
+            "urllib.parse urllib.request weakref .proxies .websocket wsgiref.simple_server zlib"
+            ).split()))
 
     def test_their_functions_are_short(self):
         for file in minibottle.COMPANIONS:
@@ -9439,6 +9440,138 @@ class ProxiesTest(WireTest):
             self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {url}/")
         with nginx_in_front(server.url, fields) as url:  # from an address that is not trusted
             self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {server.url}/")
+
+
+class Account:
+    """Its repr() tells what it should not."""
+
+    def __init__(self, password):
+        self.password = password
+
+    def __repr__(self):
+        return "Account(name='Łukasz', password=%r, url='db://me:%s@host/')" % (
+            self.password, self.password)
+
+
+class Mute:
+    def __repr__(self):
+        raise ValueError
+
+
+class DebugPageTest(UnitTest):
+    """The page of an error in debug mode: for who sits at this machine, and no more than a page."""
+
+    HIDE = "hunter" + "2"  # so that it is in no line of source
+
+    def broken(self):
+        """A handler."""
+        account, mute, token = Account(self.HIDE), Mute(), self.HIDE
+        config = {"api_key": self.HIDE, b"cookie": [self.HIDE], "plain": {"a": "<i>"}}
+        many, html, data = list(range(10000)), "<script>" * 10000, bytes(10000)
+        try:
+            {}["<b>"]
+        except KeyError:
+            raise ValueError(  # noqa: B904
+                "<b>bold</b>", len((account, mute, token, config, many, html, data)))
+
+    def ask(self, app, accept="text/html,*/*;q=0.8", path="/", environ=()):
+        def asked(given, start_response):
+            return app({**given, **dict(environ)}, start_response)
+        with mock.patch.object(minibottle, "DEBUG", True), self.assertLogs("minibottle", "ERROR"):
+            return ask(asked, path, headers={"Accept": accept, "Cookie": "a=" + self.HIDE})
+
+    def test_it_shows_the_request_the_chain_the_source_and_the_variables(self):
+        app = App()
+        app.get("/a/<name>", callback=lambda name: self.broken())
+        answer = self.ask(app, path="/a/<i>?q=<s>")
+        text = html.unescape(answer.text)
+        for shown in ("ValueError: ('<b>bold</b>', 7)", "It was raised while this was handled:",
+                      "KeyError: '<b>'", "GET http://", "{}[\"<b>\"]", "'name': '<i>'",
+                      "{'api_key': ***, b'cookie': ***, 'plain': {'a': '<i>'}}",
+                      "Account(name='Łukasz', password=***, url='db://me:***@host/')",
+                      "<Mute, whose repr() raises ValueError>", "<th>token</th><td>***</td>",
+                      "<th>Cookie</th><td>***</td>", "[0, 1, 2, 3, 4,"):
+            self.assertIn(shown, text)
+        line = self.broken.__func__.__code__.co_firstlineno + 8
+        self.assertIn("<mark>%5d             raise ValueError(" % line, answer.text)
+        self.assertIn("<span>%5d " % (line - 5), answer.text)
+        self.assertNotIn("<span>%5d " % (line - 6), answer.text.partition("<h2>")[0])
+        self.assertNotIn(self.HIDE, text)
+        self.assertLess(len(answer.text), 50000)
+
+    def test_what_a_client_or_the_code_says_is_text_there(self):
+        app = App()
+        app.get("/a/<name>", callback=lambda name: self.broken())
+        answer = self.ask(app, path="/a/<i>?q=<s>")
+        tags = re.findall(r"<(\w+)([^>]*)>", answer.text)
+        self.assertEqual({name for name, _ in tags}, set(
+            "html head meta title style body h1 p details summary b pre span mark table tr th td "
+            "h2 br".split()))
+        self.assertEqual({attributes for _, attributes in tags}, {
+            "", " open", ' lang="en"', ' charset="utf-8"',
+            ' name="viewport" content="width=device-width"'})
+        self.assertNotIn("url(", answer.text.partition("</style>")[0])
+        self.assertEqual(answer.headers["Content-Security-Policy"],
+                         "default-src 'none'; style-src 'unsafe-inline'")
+        self.assertEqual(answer.headers["Cache-Control"], "no-store")
+
+    def test_a_program_gets_the_traceback_as_text(self):
+        for accept, expected in (
+                ("application/json", "text/plain; charset=UTF-8"),
+                ("application/problem+json, */*", "text/plain; charset=UTF-8"),
+                ("*/*", "text/html; charset=UTF-8"), ("", "text/html; charset=UTF-8")):
+            with self.subTest(accept=accept):
+                answer = self.ask(app_of(self.broken), accept)
+                self.assertEqual(answer.headers["Content-Type"], expected)
+                self.assertIn("raise ValueError(", answer.text)
+                self.assertNotIn("<table>", answer.text)
+
+    def test_a_recursion_without_end_is_cut_in_the_middle(self):
+        def deep(n=0):
+            return deep(n + 1)
+        answer = self.ask(app_of(lambda: deep()))
+        self.assertEqual(answer.text.count("<details"), 30)
+        self.assertRegex(answer.text, r"… \d+ frames …")
+
+    def test_it_is_for_this_machine_alone(self):
+        app = app_of(self.broken)
+        for environ, shown in (
+                ({}, True), ({"REMOTE_ADDR": "::1", "SERVER_NAME": "::1"}, True),
+                ({"HTTP_HOST": "LOCALHOST:80"}, True), ({"HTTP_HOST": "[::1]:80"}, True),
+                ({"REMOTE_ADDR": "1.1.1.1"}, False), ({"REMOTE_ADDR": ""}, False),
+                ({"HTTP_HOST": "rebound.example"}, False), ({"HTTP_HOST": "127.0.0.1.evil"}, False),
+                ({"HTTP_X_FORWARDED_FOR": "127.0.0.1"}, False), ({"HTTP_FORWARDED": "x"}, False),
+                ({"HTTP_X_FORWARDED_FOR": "127.0.0.1", "minibottle.peer": ""}, True),
+                ({"SERVER_PROTOCOL": "HTTP/1.0"}, False),
+                ({"SERVER_NAME": "0.0.0.0"}, False), ({"SERVER_NAME": "10.0.0.1"}, False)):
+            with self.subTest(environ=environ), mock.patch.object(minibottle, "noted", set()):
+                answer = self.ask(app, environ=environ)
+                self.assertEqual("<table>" in answer.text, shown)
+                self.assertIn("raise ValueError", answer.text)
+
+    def test_a_server_for_others_says_once_why_it_is_not_shown(self):
+        with serve("shop:app", "--debug", "--bind", "0.0.0.0:0", "--no-access-log") as server:
+            url = server.url.replace("0.0.0.0", "127.0.0.1")
+            for _ in range(2):
+                body = fetch(url, "/raise", headers={"Accept": "text/html"})[2]
+                self.assertEqual((b"it failed" in body, b"<table>" in body), (True, False))
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.said().count("0.0.0.0 is not loopback"), 1, server.said())
+
+    def test_without_debug_or_without_its_file_there_is_none(self):
+        with self.assertLogged():
+            answer = ask(app_of(self.broken), headers={"Accept": "text/html"})
+        self.assertNotIn("ValueError", answer.text)
+        with mock.patch.dict(sys.modules, {"minibottle.debugging": None}):
+            answer = self.ask(app_of(self.broken))
+        self.assertIn("raise ValueError", answer.text)
+        self.assertNotIn("<table>", answer.text)
+
+    def test_text_without_end_takes_linear_time(self):
+        from minibottle.debugging import hide_secrets
+        for text in ("key" * 10 ** 6, "key='" * 10 ** 6, "key  " * 10 ** 6, "://a:" * 10 ** 6,
+                     "key=" + "\\'" * 10 ** 6):
+            self.assertQuick(hide_secrets, text)
 
 
 # === 18. WebSocket ============================================================

@@ -6,8 +6,8 @@ told which proxies to trust, by their addresses, their networks, or as whoever u
     python minibottle.py app:main --trusted-proxies 10.0.0.0/8 --trusted-proxies unix
 
 A connection from one of these is its client's in all that the application and the access log see:
-REMOTE_ADDR, wsgi.url_scheme, HTTP_HOST and SERVER_PORT of the environ, so request.url, too. From
-anybody else the fields mean nothing.
+REMOTE_ADDR, wsgi.url_scheme, HTTP_HOST and SERVER_PORT of the environ, so request.url, too, and
+minibottle.peer is the proxy's address. From anybody else the fields mean nothing.
 
     X-Forwarded-For     read from its end, where the last proxy has written, as far as it names
                         proxies that are trusted: the next one is the client
@@ -32,6 +32,8 @@ from . import HOST, UsageError
 SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
 HOP = r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{1,5}))?|([0-9A-Fa-f:.]+)"
 PORTS = {"http": "80", "https": "443"}
+FORWARDING = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP", "HTTP_X_FORWARDED_FOR",
+              "HTTP_X_FORWARDED_HOST", "HTTP_X_FORWARDED_PROTO")
 MAX_MEMO = 1000       # addresses remembered
 MAX_HOP_CHARS = 60    # more than an address with its port has
 
@@ -101,6 +103,7 @@ def forward(environ: Dict[str, Any], is_trusted: Callable[[str], bool]) -> None:
     """Put into an environ what a trusted peer says of it."""
     client = find_client(environ.get("HTTP_X_FORWARDED_FOR", ""), is_trusted)
     if client is not None:
+        environ["minibottle.peer"] = environ["REMOTE_ADDR"]
         environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = client
     scheme = SCHEMES.get(last_of(environ, "HTTP_X_FORWARDED_PROTO").lower())
     host = last_of(environ, "HTTP_X_FORWARDED_HOST")
@@ -130,3 +133,22 @@ def set_url(environ: Dict[str, Any], scheme: str, host: str, port: str) -> None:
     environ["SERVER_PORT"] = port or PORTS[scheme]
     if host:
         environ["HTTP_HOST"] = host
+
+
+def is_local(environ: Dict[str, Any]) -> bool:
+    """Has somebody on this machine asked, by a name of this machine: what is not for the world?
+
+    A page of the world may have its name lead here (DNS rebinding), hence the Host. A proxy that
+    nobody has named to us may stand here, too: then it says so, or speaks HTTP/1.0, as nginx does
+    that was told no more than where to pass requests on.
+    """
+    if environ.get("SERVER_PROTOCOL") == "HTTP/1.0" or "minibottle.peer" not in environ and any(
+            key in environ for key in FORWARDING):
+        return False
+    return is_loopback(environ.get("REMOTE_ADDR", "")) and is_loopback(environ.get("HTTP_HOST", ""))
+
+
+def is_loopback(host: str) -> bool:
+    """Of "127.0.0.1", "::1", "[::1]:80", "localhost:80"."""
+    hop = parse_hop(re.sub("^localhost(?=:|$)", "127.0.0.1", host.lower()[:MAX_HOP_CHARS]))
+    return hop is not None and ip_address(hop[0]).is_loopback
