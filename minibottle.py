@@ -6232,7 +6232,7 @@ COMPANIONS = {  # files that may lie beside this one, and the names that are had
     "adapters": "WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "proxies": "", "testing": "Server TestClient",
+    "proxies": "", "route_list": "", "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 
@@ -6461,6 +6461,7 @@ def make_parser() -> Any:
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
     parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
+    parser.add_argument("--routes", action="store_true", help="print the routes, and end")
     return parser
 
 
@@ -6475,9 +6476,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
         debug(given["debug"])
         Settings(**flags)
+        load = partial(load_target, given["target"])
+        if given["routes"]:
+            return boot(import_module(f"{THIS}.route_list").print_routes, load, is_target=True)
         if given["reload"]:
             keep_reloading(1.0)
-        load = partial(load_target, given["target"])
         if given["server"]:
             app = load()
             if app is not None:

@@ -9574,6 +9574,96 @@ class DebugPageTest(UnitTest):
             self.assertQuick(hide_secrets, text)
 
 
+class RouteListTest(unittest.TestCase):
+    """--routes"""
+
+    PROGRAM = textwrap.dedent("""\
+        import functools
+        from minibottle import App, Handler, run
+
+        def decorated(func):
+            def wrapper(*args, **more):
+                return func(*args, **more)
+            return functools.update_wrapper(wrapper, func)
+
+        app, blog, post = App(), App(), App()
+
+        @app.get("/hello/<name>", name="greet")
+        @decorated
+        def hello(name): pass
+
+        class Note(Handler):
+            def get(self): pass
+            async def put(self): pass
+
+        app.route("/note", callback=Note)
+        app.route("/any", "ANY", functools.partial(hello, "me"))
+        app.get("/len", callback=len)
+
+        @app.websocket("/chat/<room>")
+        async def chat(ws, room): pass
+
+        @blog.post("/new")
+        def new(): pass
+
+        @post.get("/<id:int>")
+        def show(id): pass
+
+        def wsgi(environ, start_response): pass
+
+        blog.mount("/post/", post)
+        app.mount("/blog", blog)
+        app.mount("/old/<year>", wsgi)
+
+        def main():
+            run(app, workers=2, bind="127.0.0.1:1")
+
+        def count(): pass
+        """)
+    ROUTES = [
+        "GET   /hello/<name>         greet               listed.py:11",
+        "GET   /note                 listed:Note.get     listed.py:16",
+        "PUT   /note                 listed:Note.put     listed.py:17",
+        "ANY   /any                  listed:hello        listed.py:11",
+        "GET   /len                  builtins:len",
+        "WS    /chat/<room>          listed:chat         listed.py:23",
+        "POST  /blog/new             listed:new          listed.py:26",
+        "GET   /blog/post/<id:int>   listed:show         listed.py:29",
+        "*     /old/<year>/          listed:wsgi         listed.py:32"]
+
+    def run_it(self, *args):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "listed.py"), "w") as file:
+                file.write(self.PROGRAM)
+            done = subprocess.run(
+                [sys.executable, FILE, *args], cwd=folder, env=make_environment(PYTHONPATH=""),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+                universal_newlines=True)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_each_is_printed_with_where_its_handler_is_and_nothing_is_served(self):
+        for target in ("listed:app", "listed:main"):
+            status, out, err = self.run_it(target, "--routes", "--reload")
+            self.assertEqual((status, err), (0, ""))
+            self.assertEqual([re.sub(" +", " ", line) for line in out.splitlines()],
+                             [re.sub(" +", " ", line) for line in self.ROUTES])
+            self.assertEqual(len({line.find("listed.py:") for line in out.splitlines()
+                                  if "listed.py:" in line}), 1, "columns")
+
+    def test_what_has_no_routes_is_a_line_and_exit_status_2(self):
+        for target, said in (("listed:wsgi", "listed:wsgi is no App"),
+                             ("listed:nothing", "no 'nothing' in listed")):
+            status, out, err = self.run_it(target, "--routes")
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(said, err)
+
+    def test_an_application_without_routes_has_an_empty_list(self):
+        from minibottle.route_list import print_routes
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            print_routes(App(), {})
+        self.assertEqual(out.getvalue(), "")
+
+
 # === 18. WebSocket ============================================================
 
 KEY, ACCEPT = "dGhlIHNhbXBsZSBub25jZQ==", "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
