@@ -189,6 +189,7 @@ SETTINGS = (
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
     ("trusted_proxies", (), "address, network or unix: its X-Forwarded-* count (repeatable)"),
+    ("status", "", "path of the server's figures as JSON, for clients on this machine (none)"),
     ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
 )
@@ -231,12 +232,13 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
     elif kind is bool:
         if isinstance(value, bool):
             return value
-    elif re.fullmatch(SETTING_FORMS[kind], str(value)):
+    elif re.fullmatch(SETTING_FORMS.get(name) or SETTING_FORMS[kind], str(value)):
         return kind(value)
     raise UsageError(f"setting {name}: {value!r} does not fit (its default is {default!r})")
 
 
-SETTING_FORMS = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?", str: "auto|[0-9]{1,4}"}
+SETTING_FORMS: Dict[Any, str] = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?",
+                                 "workers": "auto|[0-9]{1,4}", "status": r"(/[^?#\s]*)?"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -4816,9 +4818,6 @@ class Worker(Loop):
         # FAST: a bound method is called without the detour over its class
         self.app = app.__call__ if hasattr(type(app).__call__, "__code__") else app
         self.plan = getattr(app, "minibottle_plan", None) or self.learned_plan
-        if settings.trusted_proxies:
-            proxies = import_module(f"{THIS}.proxies")
-            self.plan = proxies.forwarding(settings.trusted_proxies, self.plan)
         self.segments: Dict[str, Plan] = {}  # first path segment -> what was learned
         self.date_at = 0.0
         self.prefixes: Dict[str, bytes] = {}  # status -> status line, Server and Date, for a second
@@ -4842,6 +4841,9 @@ class Worker(Loop):
             sock.setblocking(False)
             self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
+        for name, file in (("trusted_proxies", "proxies"), ("status", "status")):
+            if getattr(settings, name):
+                import_module(f"{THIS}.{file}").install(self)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -5646,6 +5648,7 @@ class LogStream(io.TextIOBase):
 # does not serve yet) and how many connections it has.
 
 MAX_WORKERS = 1000
+FIGURES = memoryview(mmap.mmap(-1, 1 << 20)).cast("d")  # of status.py: here before the first fork
 MAX_BACKOFF_SECONDS = 30             # after 1, 2, 4, 8 and 16
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
 
@@ -6232,7 +6235,7 @@ COMPANIONS = {  # files that may lie beside this one, and the names that are had
     "adapters": "WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
     "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "proxies": "", "route_list": "", "testing": "Server TestClient",
+    "proxies": "", "route_list": "", "status": "", "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 

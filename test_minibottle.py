@@ -8441,11 +8441,13 @@ EXAMPLES = {        # module: expression that gives the WSGI application
     "plot": lambda module: module.app,
     "sessions": lambda module: module.app,
     "upload": lambda module: module.app,
+    "dashboard": lambda module: module.app,
 }
-LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
+LONGER = {"chat": 70, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
-VENDORED = {"adapters": 30, "client": 775, "cross_origin": 55, "events": 75, "gzip_middleware": 45,
-            "jinja": 45, "testing": 390, "websocket": 940}
+VENDORED = {"adapters": 30, "client": 775, "cross_origin": 55, "debugging": 270, "events": 75,
+            "gzip_middleware": 45, "jinja": 45, "proxies": 180, "route_list": 70, "status": 195,
+            "testing": 390, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -9010,11 +9012,11 @@ class CompanionTest(unittest.TestCase):
                 elif isinstance(node, ast.ImportFrom):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
-            ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
-            "functools hashlib http.client inspect io ipaddress itertools json linecache logging "
-            "os re reprlib select socket ssl sys threading time traceback types typing "
-            "urllib.parse urllib.request weakref .proxies .websocket wsgiref.simple_server zlib"
-            ).split()))
+            ". __future__ _thread asyncio base64 binascii bisect codecs collections.abc "
+            "contextlib contextvars functools hashlib http.client inspect io ipaddress "
+            "itertools json linecache logging os re reprlib resource select socket ssl sys "
+            "threading time traceback types typing urllib.parse urllib.request weakref .proxies "
+            ".websocket wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
         for file in minibottle.COMPANIONS:
@@ -9662,6 +9664,179 @@ class RouteListTest(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             print_routes(App(), {})
         self.assertEqual(out.getvalue(), "")
+
+
+class StatusTest(WireTest):
+    """The setting `status`: the server's figures, for this machine."""
+
+    def ask(self, url, path="/status", **options):
+        status, headers, body = fetch(url, path, **options)
+        self.assertEqual(headers["Content-Type"], "application/json")
+        return status, json.loads(body)
+
+    def figures(self, url):
+        return self.ask(url)[1]
+
+    def grown(self, before, after):
+        """The counts that have changed."""
+        rows = {**before, **before["responses"]}, {**after, **after["responses"]}
+        return {name: rows[1][name] - number for name, number in rows[0].items()
+                if type(number) is int and rows[1][name] != number}
+
+    def test_requests_are_counted_by_their_answers(self):
+        app = app_of(lambda: "hello")
+        app.get("/broken", callback=lambda: 1 // 0)
+        app.get("/odd", callback=lambda: HTTPResponse("", "999 Odd"))
+        app.get("/away", callback=lambda: redirect("/"))
+        server = self.serve(app, status="/status")
+        before = self.figures(server.url)
+        with self.assertLogs("minibottle", "ERROR"):
+            for path in ("/", "/", "/no", "/broken", "/away", "/odd"):
+                fetch(server.url, path)
+        self.assertEqual(self.connect(server).send(b"nonsense\r\n\r\n").answer().status, 400)
+        expected = {"requests": 8, "2xx": 3, "3xx": 1, "4xx": 2, "5xx": 2}  # with its own first
+        self.assertTrue(wait_until(lambda: self.figures(server.url)["requests"]
+                                   - before["requests"] >= 8))
+        after = self.figures(server.url)
+        extra = after["requests"] - before["requests"] - 8                  # of those who waited
+        expected["requests"] += extra
+        expected["2xx"] += extra
+        grown = self.grown(before, after)
+        self.assertGreater(grown.pop("bytes"), 10)
+        grown.pop("hand_overs", None)
+        self.assertEqual(grown, expected)
+        self.assertEqual(after["latency"]["inf"], after["requests"])
+
+    def test_its_latencies_are_in_buckets_each_with_what_was_quicker(self):
+        app = app_of(lambda: time.sleep(0.02))
+        server = self.serve(app, status="/status")
+        before = self.figures(server.url)["latency"]
+        fetch(server.url)
+        self.assertTrue(wait_until(
+            lambda: self.figures(server.url)["latency"]["inf"] >= before["inf"] + 2))
+        after = self.figures(server.url)["latency"]
+        self.assertEqual(list(after), [*"0.001 0.003 0.01 0.03 0.1 0.3 1.0 3.0 10.0 inf".split()])
+        self.assertEqual(sorted(after.values()), list(after.values()))
+        slow = {name: after["inf"] - after[name] - before["inf"] + before[name] for name in after}
+        self.assertGreaterEqual(slow["0.01"], 1)
+        self.assertEqual((slow["10.0"], slow["inf"]), (0, 0))
+
+    def test_a_worker_shows_its_threads_connections_and_memory(self):
+        entered, leave = threading.Event(), threading.Event()
+        app = app_of(lambda: (entered.set(), leave.wait(TIMEOUT))[0])
+        server = self.serve(app, status="/status")
+        with contextlib.closing(Client(server.url)) as client:
+            client.request("GET", "/")
+            entered.wait(TIMEOUT)
+            figures = self.figures(server.url)
+            leave.set()
+            client.getresponse().read()
+        worker, = figures["workers"]
+        self.assertEqual((worker["pid"], worker["draining"]), (os.getpid(), False))
+        self.assertEqual((worker["connections"], worker["busy_threads"]), (2, 2))
+        self.assertGreater(worker["memory"], 1 << 20)
+        self.assertGreaterEqual(figures["hand_overs"], 1)
+
+    def test_it_is_for_this_machine_and_says_so_to_others(self):
+        server = self.serve(app_of(lambda: "hello"), status="/status", trusted_proxies="127.0.0.2")
+        for headers, status in (
+                ({}, 200), ({"Host": "localhost:1"}, 200), ({"Host": "[::1]"}, 200),
+                ({"Host": "rebound.example"}, 403), ({"X-Forwarded-For": "127.0.0.1"}, 403),
+                ({"Forwarded": "for=127.0.0.1"}, 403), ({"Via": "1.1 a"}, 403)):
+            with self.subTest(headers=headers):
+                got, said = self.ask(server.url, headers=headers)
+                self.assertEqual((got, "requests" in said), (status, status == 200))
+        server = self.serve(app_of(lambda: "hello"), status="/status", trusted_proxies="127.0.0.1")
+        for client, status in (("127.0.0.1", 200), ("1.1.1.1", 403)):
+            self.assertEqual(self.ask(server.url, headers={"X-Forwarded-For": client})[0], status)
+        wire = self.connect(server).send(b"GET /status HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        self.assertEqual(wire.answer().status, 403)
+
+    def test_a_worker_that_drains_is_not_ready(self):
+        entered, leave = threading.Event(), threading.Event()
+        app = app_of(lambda: (entered.set(), leave.wait(TIMEOUT))[0])
+        server = self.serve(app, status="/status")
+        self.assertEqual(self.ask(server.url, "/status?ready"), (200, {"ready": True}))
+        with contextlib.closing(Client(server.url)) as client:
+            client.ask("/status?ready")
+            busy = self.connect(server).send(get("/"))
+            entered.wait(TIMEOUT)
+            server.worker.drain_idle_seconds = TIMEOUT
+            server.worker.drain()
+            status, _, body = client.ask("/status?ready")
+            self.assertEqual((status, json.loads(body)), (503, {"ready": False}))
+            leave.set()
+            busy.answer()
+
+    def test_other_methods_and_paths(self):
+        server = self.serve(app_of(lambda: "hello"), status="/status")
+        self.assertEqual(self.ask(server.url, method="POST")[0], 405)
+        self.assertEqual(fetch(server.url, "/status", "HEAD")[::2], (200, b""))
+        self.assertEqual(fetch(server.url)[2], b"hello")
+        self.assertEqual(fetch(server.url, "/status/")[0], 404)
+        plain = self.serve(app_of(lambda: "hello"))
+        self.assertEqual(fetch(plain.url, "/status")[0], 404)
+        for bad in ("status", "/a b", "/a?b", 5, None):
+            self.assertRaises(UsageError, Settings, status=bad)
+
+    def test_the_access_log_stays_as_it_was(self):
+        for logs, lines in ((False, 0), (True, 1)):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                server = self.serve(app_of(lambda: "a"), status="/status", access_log=logs)
+                fetch(server.url)
+                server.stop()
+            self.assertEqual(out.getvalue().count("GET / HTTP"), lines)
+
+    def test_the_dashboard_has_all_figures_for_prometheus(self):
+        server = self.serve(load_example("dashboard"), status="/figures")
+        self.assertIn(b'fetch("/figures"', fetch(server.url, "/dashboard")[2])
+        fetch(server.url, "/no")
+        self.assertTrue(wait_until(lambda: self.figures_of(server)["responses"]["4xx"]))
+        status, headers, body = fetch(server.url, "/metrics")
+        self.assertEqual(headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        for line in body.decode().splitlines():
+            self.assertRegex(line, r"\A(# TYPE minibottle_\w+ (counter|gauge|histogram)|"
+                             r'minibottle_\w+(\{\w+="[\w.+]+"\})? [\d.e-]+)\Z')
+        self.assertRegex(body, rb'\nminibottle_responses_total\{class="4xx"\} [1-9]')
+        self.assertRegex(body, rb'\nminibottle_seconds_bucket\{le="\+Inf"\} [1-9]')
+        self.assertEqual(fetch(server.url, "/metrics", headers={"Host": "evil"})[0], 403)
+
+    def figures_of(self, server):
+        return self.ask(server.url, "/figures")[1]
+
+
+@unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
+class CommandStatusTest(PooledTest):
+
+    def test_each_worker_knows_of_all_and_what_a_killed_one_has_counted_stays(self):
+        def figures(server):
+            return json.loads(fetch(server.url, "/status")[2])
+        with serve("shop:app", "--workers", "2", "--status", "/status") as server:
+            self.assertTrue(wait_until(lambda: len(figures(server)["workers"]) == 2))
+            for _ in range(20):
+                fetch(server.url)
+            self.assertTrue(wait_until(lambda: figures(server)["requests"] > 20))
+            before = figures(server)
+            pids = {worker["pid"] for worker in before["workers"]}
+            self.assertEqual(pids, set(server.children()))
+            time.sleep(1)                    # it is not one that dies at once
+            os.kill(min(pids), signal.SIGKILL)
+            self.assertTrue(wait_until(lambda: len(
+                {worker["pid"] for worker in figures(server)["workers"]} - {min(pids)}) == 2))
+            after = figures(server)
+            self.assertEqual(sorted(worker["restarts"] for worker in after["workers"]), [0, 1])
+            self.assertEqual(after["starts"], 3)
+            self.assertGreater(after["requests"], before["requests"])
+            self.assertEqual(server.stop(), 0)
+
+    def test_an_application_that_runs_itself_has_it_too(self):
+        with open(os.path.join(FOLDER, "figured.py"), "w") as file:
+            file.write("from minibottle import App\n"
+                       "App().run(port=0, status='/s', workers=2, quiet=False)\n")
+        with serve("figured.py", start=(), bind=False) as server:
+            self.assertTrue(wait_until(
+                lambda: len(json.loads(fetch(server.url, "/s")[2])["workers"]) == 2))
+            self.assertEqual(server.stop(), 0)
 
 
 # === 18. WebSocket ============================================================

@@ -40,8 +40,13 @@ MAX_HOP_CHARS = 60    # more than an address with its port has
 Plan = Callable[[Dict[str, Any]], Any]
 
 
+def install(worker: Any) -> None:
+    """The server calls it where the setting is given: the plan is the first to see an environ."""
+    worker.plan = forwarding(worker.settings.trusted_proxies, worker.plan)
+
+
 def forwarding(trusted: Iterable[str], plan: Plan) -> Plan:
-    """A server's `plan`, which is the first to see an environ, with what these proxies say in it.
+    """`plan`, of environs with what these proxies say in them.
 
     Raises UsageError for what is no address, network or "unix".
     """
