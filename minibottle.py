@@ -189,7 +189,7 @@ SETTINGS = (
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
     ("trusted_proxies", (), "address, network or unix: its X-Forwarded-* count (repeatable)"),
-    ("status", "", "path of the server's figures as JSON, for clients on this machine (none)"),
+    ("status", "", "path of the server's figures as JSON, for clients on this machine"),
     ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
 )
@@ -6454,12 +6454,12 @@ def make_parser() -> Any:
             parser.add_argument(flag, dest=name, action="store_true", default=None, help=meaning)
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
                                 help=f"the opposite; {flag} is the default")
-        elif isinstance(default, tuple):
-            short = ["-b"] if name == "bind" else []
-            parser.add_argument(*short, flag, dest=name, action="append", metavar="ADDRESS",
-                                help=f"{meaning} ({', '.join(default) or 'none'})")
         else:
-            parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
+            flags = ["-b", flag] if name == "bind" else [flag]
+            repeats = isinstance(default, tuple)
+            shown = ", ".join(default) if repeats else str(default)
+            parser.add_argument(*flags, dest=name, action="append" if repeats else "store",
+                                metavar="VALUE", help=f"{meaning} ({shown or 'none'})")
     parser.add_argument("-s", "--server", metavar="NAME",
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")

@@ -12702,7 +12702,7 @@ class ReadmeTest(unittest.TestCase):
             elif isinstance(default, bool):
                 shown = "on" if default else "off"
             else:
-                shown = default if isinstance(default, str) else f"{default:,g}" \
+                shown = (default or "none") if isinstance(default, str) else f"{default:,g}" \
                     if isinstance(default, float) else f"{default:,}"
             expected.append((name, shown, meaning))
         self.assertEqual(rows, expected)

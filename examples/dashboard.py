@@ -1,10 +1,10 @@
 """Draws the server's figures while it works, at /dashboard; has them for Prometheus at /metrics.
 
+In an application of your own: app.merge(dashboard.app). The figures are for this machine alone.
+
     $ python minibottle.py examples.dashboard:app --status /status
     $ curl http://127.0.0.1:8080/status?ready
     {"ready": true}
-
-In an application of your own: app.merge(dashboard.app). The figures are for this machine alone.
 """
 
 from minibottle import App, abort, request, response
