@@ -29,7 +29,7 @@ import time
 from bisect import bisect_left
 from typing import Any, Callable, Dict, Iterable, Iterator, List
 
-from . import FIGURES, json_dumps
+from . import FIGURES, json_dumps, monotonic
 from .proxies import is_local
 
 COLUMNS = (
@@ -39,7 +39,8 @@ COUNTS = COLUMNS[COLUMNS.index("hand_overs"):COLUMNS.index("1xx")]
 CLASSES = COLUMNS[COLUMNS.index("1xx"):]
 AT = {name: i for i, name in enumerate(COLUMNS)}
 BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # seconds; the last has all others
-FIRST_BUCKET = len(COLUMNS)
+REQUESTS, BYTES, SECONDS = AT["requests"], AT["bytes"], AT["seconds"]
+FIRST_CLASS, FIRST_BUCKET = AT["1xx"], len(COLUMNS)
 ROW = 32              # numbers of a worker: those above and one for each bucket fit
 SHOW_SECONDS = 0.5    # a busy worker shows what it is like no more often
 
@@ -50,8 +51,8 @@ def install(worker: Any) -> None:
     worker.figures_lock = _thread.allocate_lock()  # requests end in any thread
     worker.show_at = 0.0
     worker.recorded_app, worker.app = worker.app, worker.answer_status
-    if not worker.logs:  # then each request is logged, and what that says is dropped
-        worker.logs = True
+    worker.prints, worker.logs = worker.logs, True  # it calls log_access for each request
+    if not worker.prints:                           # what that says then is for loggers alone
         worker.log_lines = type(worker.log_lines)(maxlen=0)
 
 
@@ -59,7 +60,9 @@ class Recorded:
     """A worker that writes its row. It has one with its first heartbeat, before it serves."""
 
     first = 0  # of its row in FIGURES
+    access_log: Any
     figures_lock: Any
+    prints: bool
     show_at: float
 
     def on_heartbeat(self, now: float) -> None:
@@ -81,29 +84,34 @@ class Recorded:
                 ("memory", resident_bytes())):
             FIGURES[self.first + AT[name]] = number
 
-    def count(self, **counts: float) -> None:
+    def count(self, name: str, number: float = 1.0) -> None:
         with self.figures_lock:
-            for name, number in counts.items():
-                FIGURES[self.first + AT[name]] += number
+            FIGURES[self.first + AT[name]] += number
 
     def log_access(self, x: Any) -> None:
-        super().log_access(x)  # type: ignore[misc]
-        now = time.monotonic()
-        seconds = now - x.began if hasattr(x, "began") else 0.0
-        self.count(requests=1, bytes=x.sent, seconds=seconds, **{min(x.status[0], "5") + "xx": 1})
+        if self.prints or self.access_log.handlers:
+            super().log_access(x)  # type: ignore[misc]
+        now = monotonic()
+        seconds = now - getattr(x, "began", now)
+        answer, first = FIRST_CLASS + min(int(x.status[0]), 5) - 1, self.first
+        bucket = FIRST_BUCKET + bisect_left(BUCKETS, seconds)
         with self.figures_lock:
-            FIGURES[self.first + FIRST_BUCKET + bisect_left(BUCKETS, seconds)] += 1
+            FIGURES[first + REQUESTS] += 1.0
+            FIGURES[first + BYTES] += x.sent
+            FIGURES[first + SECONDS] += seconds
+            FIGURES[first + answer] += 1.0
+            FIGURES[first + bucket] += 1.0
         if now > self.show_at:
             self.show_at = now + SHOW_SECONDS
             self.show()
 
     def abort(self, x: Any, me: Any) -> None:
-        self.count(aborted=1)
+        self.count("aborted")
         super().abort(x, me)  # type: ignore[misc]
 
     def hand_over(self) -> bool:
         done = super().hand_over()  # type: ignore[misc]
-        self.count(hand_overs=done)
+        self.count("hand_overs", done)
         return done
 
     def shut_down(self) -> None:
