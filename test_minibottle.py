@@ -8820,9 +8820,9 @@ class BrowserTest(unittest.TestCase):
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--no-proxy-server", "--disable-dev-shm-usage")
 
-    def dump_dom(self, app, *flags, path="/"):
+    def dump_dom(self, app, *flags, path="/", **settings):
         """What headless Chromium makes of a page, as text."""
-        with tempfile.TemporaryDirectory() as profile, Server(app, port=0) as server:
+        with tempfile.TemporaryDirectory() as profile, Server(app, port=0, **settings) as server:
             return subprocess.run(
                 [BROWSER, *self.FLAGS, *flags, "--user-data-dir=" + profile, "--dump-dom",
                  server.url + path],
@@ -8860,6 +8860,20 @@ class BrowserTest(unittest.TestCase):
             self.assertEqual((got["name"], got["query"], got["forms"], got["files"]),
                              (name, query, [["text", UNICODE]], files))
         self.assertEqual(download, [206, "bytes 65-69/4096", "ABCDE"])
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_draws_the_figures(self):
+        dom = self.dump_dom(load_example("dashboard"), "--virtual-time-budget=5000",
+                            path="/dashboard", status="/figures")
+        self.assertRegex(dom, r'<span>memory</span>.*\n?.*<polyline points="11\d,1')
+        self.assertIn(f"<td>{os.getpid()}</td>", dom)
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_shows_where_a_handler_has_failed(self):
+        with mock.patch.object(minibottle, "DEBUG", True), self.assertLogs("minibottle", "ERROR"):
+            dom = self.dump_dom(app_of(lambda: {}["<b>"]))
+        self.assertIn("<h1>KeyError: '&lt;b&gt;'</h1>", dom)
+        self.assertRegex(dom, "<details open=.*test_minibottle.py:")
 
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_chromium_shows_the_three_services(self):

@@ -49,32 +49,33 @@ def install(worker: Any) -> None:
     """The server calls it where the setting is given."""
     worker.__class__ = type("RecordedWorker", (Recorded, type(worker)), {})
     worker.figures_lock = _thread.allocate_lock()  # requests end in any thread
-    worker.show_at = 0.0
+    worker.figures_at = 0.0
     worker.recorded_app, worker.app = worker.app, worker.answer_status
-    worker.prints, worker.logs = worker.logs, True  # it calls log_access for each request
-    if not worker.prints:                           # what that says then is for loggers alone
+    # It calls log_access() for each request; where there was no access log, loggers alone have it.
+    worker.prints_lines, worker.logs = worker.logs, True
+    if not worker.prints_lines:
         worker.log_lines = type(worker.log_lines)(maxlen=0)
 
 
 class Recorded:
     """A worker that writes its row. It has one with its first heartbeat, before it serves."""
 
-    first = 0  # of its row in FIGURES
+    figures_row = 0  # where it begins in FIGURES
     access_log: Any
     figures_lock: Any
-    prints: bool
-    show_at: float
+    prints_lines: bool
+    figures_at: float
 
     def on_heartbeat(self, now: float) -> None:
         super().on_heartbeat(now)  # type: ignore[misc]
-        self.first = ROW * getattr(self, "slot", 0)
-        if FIGURES[self.first + AT["pid"]] != os.getpid():
-            FIGURES[self.first + AT["pid"]] = os.getpid()
-            FIGURES[self.first + AT["starts"]] += 1
-            FIGURES[self.first + AT["began"]] = time.time()
-        self.show()
+        self.figures_row = ROW * getattr(self, "slot", 0)
+        if FIGURES[self.figures_row + AT["pid"]] != os.getpid():
+            FIGURES[self.figures_row + AT["pid"]] = os.getpid()
+            FIGURES[self.figures_row + AT["starts"]] += 1
+            FIGURES[self.figures_row + AT["began"]] = time.time()
+        self.show_figures()
 
-    def show(self) -> None:
+    def show_figures(self) -> None:
         """What changes without being counted."""
         worker: Any = self
         for name, number in (
@@ -82,18 +83,18 @@ class Recorded:
                 ("threads", len(worker.hands)), ("waiting", len(worker.waiting)),
                 ("busy_threads", sum(1 for hand in worker.hands if hand.since)),
                 ("memory", resident_bytes())):
-            FIGURES[self.first + AT[name]] = number
+            FIGURES[self.figures_row + AT[name]] = number
 
-    def count(self, name: str, number: float = 1.0) -> None:
+    def count_figure(self, name: str, number: float = 1.0) -> None:
         with self.figures_lock:
-            FIGURES[self.first + AT[name]] += number
+            FIGURES[self.figures_row + AT[name]] += number
 
     def log_access(self, x: Any) -> None:
-        if self.prints or self.access_log.handlers:
+        if self.prints_lines or self.access_log.handlers:
             super().log_access(x)  # type: ignore[misc]
         now = monotonic()
         seconds = now - getattr(x, "began", now)
-        answer, first = FIRST_CLASS + min(int(x.status[0]), 5) - 1, self.first
+        answer, first = FIRST_CLASS + min(int(x.status[0]), 5) - 1, self.figures_row
         bucket = FIRST_BUCKET + bisect_left(BUCKETS, seconds)
         with self.figures_lock:
             FIGURES[first + REQUESTS] += 1.0
@@ -101,29 +102,29 @@ class Recorded:
             FIGURES[first + SECONDS] += seconds
             FIGURES[first + answer] += 1.0
             FIGURES[first + bucket] += 1.0
-        if now > self.show_at:
-            self.show_at = now + SHOW_SECONDS
-            self.show()
+        if now > self.figures_at:
+            self.figures_at = now + SHOW_SECONDS
+            self.show_figures()
 
     def abort(self, x: Any, me: Any) -> None:
-        self.count("aborted")
+        self.count_figure("aborted")
         super().abort(x, me)  # type: ignore[misc]
 
     def hand_over(self) -> bool:
         done = super().hand_over()  # type: ignore[misc]
-        self.count("hand_overs", done)
+        self.count_figure("hand_overs", done)
         return done
 
     def shut_down(self) -> None:
         super().shut_down()  # type: ignore[misc]
-        FIGURES[self.first + AT["pid"]] = 0
+        FIGURES[self.figures_row + AT["pid"]] = 0
 
     def answer_status(self, environ: Dict[str, Any], start_response: Callable) -> Iterable[bytes]:
         """The application, and before it the answer at the path of the setting."""
         worker: Any = self
         if environ["PATH_INFO"] != worker.settings.status:
             return worker.recorded_app(environ, start_response)
-        self.show()
+        self.show_figures()
         status, data = "200 OK", read_status()
         if not is_local(environ):
             status, data = "403 Forbidden", {"error": "these figures are for this machine alone"}
