@@ -9440,9 +9440,6 @@ class ProxiesTest(WireTest):
                     UsageError, "trusted_proxies: .*" + re.escape(repr(bad).strip("'"))):
                 self.see([bad], {})
         self.assertEqual(Settings(trusted_proxies=()).trusted_proxies, ())
-        status, _, said = finish("shop:app", "--trusted-proxies", "10.0.0.0/8",
-                                 "--trusted-proxies=nonsense", "--bind", "127.0.0.1:0")
-        self.assertEqual((status, said.count("\n"), "nonsense" in said), (2, 1, True), said)
 
     @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
     def test_nginx_in_front_says_who_the_client_is(self):
@@ -9565,15 +9562,6 @@ class DebugPageTest(UnitTest):
                 self.assertEqual("<table>" in answer.text, shown)
                 self.assertIn("raise ValueError", answer.text)
 
-    def test_a_server_for_others_says_once_why_it_is_not_shown(self):
-        with serve("shop:app", "--debug", "--bind", "0.0.0.0:0", "--no-access-log") as server:
-            url = server.url.replace("0.0.0.0", "127.0.0.1")
-            for _ in range(2):
-                body = fetch(url, "/raise", headers={"Accept": "text/html"})[2]
-                self.assertEqual((b"it failed" in body, b"<table>" in body), (True, False))
-            self.assertEqual(server.stop(), 0)
-            self.assertEqual(server.said().count("0.0.0.0 is not loopback"), 1, server.said())
-
     def test_without_debug_or_without_its_file_there_is_none(self):
         with self.assertLogged():
             answer = ask(app_of(self.broken), headers={"Accept": "text/html"})
@@ -9590,7 +9578,7 @@ class DebugPageTest(UnitTest):
             self.assertQuick(hide_secrets, text)
 
 
-class RouteListTest(unittest.TestCase):
+class RouteListTest(PooledTest):
     """--routes"""
 
     PROGRAM = textwrap.dedent("""\
@@ -9674,10 +9662,9 @@ class RouteListTest(unittest.TestCase):
             self.assertIn(said, err)
 
     def test_an_application_without_routes_has_an_empty_list(self):
-        from minibottle.route_list import print_routes
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            print_routes(App(), {})
-        self.assertEqual(out.getvalue(), "")
+        from minibottle.route_list import iter_routes, print_routes
+        self.assertEqual(list(iter_routes(App())), [])
+        print_routes(App(), {})
 
 
 class StatusTest(WireTest):
@@ -9820,7 +9807,22 @@ class StatusTest(WireTest):
 
 
 @unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
-class CommandStatusTest(PooledTest):
+class CommandCompanionsTest(PooledTest):
+    """The command line with what lies beside."""
+
+    def test_a_trusted_proxy_that_is_no_address_is_a_line_and_exit_status_2(self):
+        status, _, said = finish("shop:app", "--trusted-proxies", "10.0.0.0/8",
+                                 "--trusted-proxies=nonsense", "--bind", "127.0.0.1:0")
+        self.assertEqual((status, said.count("\n"), "nonsense" in said), (2, 1, True), said)
+
+    def test_a_server_for_others_says_once_why_the_debug_page_is_not_shown(self):
+        with serve("shop:app", "--debug", "--bind", "0.0.0.0:0", "--no-access-log") as server:
+            url = server.url.replace("0.0.0.0", "127.0.0.1")
+            for _ in range(2):
+                body = fetch(url, "/raise", headers={"Accept": "text/html"})[2]
+                self.assertEqual((b"it failed" in body, b"<table>" in body), (True, False))
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.said().count("0.0.0.0 is not loopback"), 1, server.said())
 
     def test_each_worker_knows_of_all_and_what_a_killed_one_has_counted_stays(self):
         def figures(server):
