@@ -191,6 +191,8 @@ SETTINGS = (
     ("gzip", True, "compress what a client accepts compressed"),
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
+    ("trusted_proxies", (), "address, network or unix: its X-Forwarded-* count (repeatable)"),
+    ("status", "", "path of the server's figures as JSON, for clients on this machine"),
     ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
     ("log_file", "-", "all that is printed goes to the end of this file (USR1 reopens it)"),
@@ -234,7 +236,7 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
     if kind is tuple:
         values = (value,) if isinstance(value, str) else value
         fits = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
-        if fits and values:
+        if fits and (values or not default):
             return tuple(values)
     elif kind is bool:
         if isinstance(value, bool):
@@ -245,7 +247,8 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
 
 
 SETTING_FORMS: Dict[Any, str] = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?",
-                                 str: r"[^\0]*", "workers": "auto|[0-9]{1,4}"}
+                                 str: r"[^\0]*", "workers": "auto|[0-9]{1,4}",
+                                 "status": r"(/[^?#\s]*)?"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -3812,6 +3815,13 @@ class App:
         """The page of an error that has no handler of its own; override it for another look."""
         if isinstance(res.body, (dict, list)):
             return res.body
+        if DEBUG and res.traceback:
+            try:
+                page = import_module(f"{THIS}.debugging").debug_page(res)
+            except ModuleNotFoundError:  # it does not lie beside
+                page = None
+            if page:
+                return page
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
         cause = f"<pre>{html_escape(res.traceback)}</pre>\n" if DEBUG and res.traceback else ""
@@ -4813,8 +4823,9 @@ class Worker(Loop):
             self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
         self.sendfile: Any = getattr(os, "sendfile", None)
-        if settings.cert:
-            import_module(f"{THIS}.tls").secure(self)
+        for name, file in (("trusted_proxies", "proxies"), ("status", "status"), ("cert", "tls")):
+            if getattr(settings, name):
+                import_module(f"{THIS}.{file}").install(self)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -5448,7 +5459,7 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
-        if getattr(error, "status", 0) == 413 and self.plan != self.learned_plan:
+        if getattr(error, "status", 0) == 413 and hasattr(self.target, "minibottle_plan"):
             x.environ.update({"minibottle.refused": error, "minibottle.route": None})
             return self.call(x, me)
         self.on_error(x, error, me)
@@ -5618,6 +5629,7 @@ def note_refusal(message: str, *args: object) -> None:
 # than are wanted: its successor is there before, and one that cannot start leaves all as it is.
 
 MAX_WORKERS = 1000
+FIGURES = memoryview(mmap.mmap(-1, 1 << 20)).cast("d")  # of minibottle_status.py, for all workers
 MAX_BACKOFF_SECONDS = 30             # after 1, 2, 4, 8 and 16
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
 
@@ -6245,9 +6257,10 @@ sys.meta_path.append(Finder())
 
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
-    "cross_origin": "cross_origin_protection", "events": "event_stream", "ext": "install_as_bottle",
-    "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "reloading": "", "resources": "ResourceManager", "service": "", "tls": "",
+    "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
+    "ext": "install_as_bottle", "gzip_middleware": "GzipMiddleware",
+    "jinja": "Jinja2Template jinja2_template jinja2_view", "proxies": "", "reloading": "",
+    "resources": "ResourceManager", "route_list": "", "service": "", "status": "", "tls": "",
     "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
@@ -6386,16 +6399,17 @@ def make_parser() -> Any:
             parser.add_argument(flag, dest=name, action="store_true", default=None, help=meaning)
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
                                 help=f"the opposite; {flag} is the default")
-        elif isinstance(default, tuple):
-            parser.add_argument("-b", flag, dest=name, action="append", metavar="ADDRESS",
-                                help=f"{meaning} ({default[0]})")
         else:
-            parser.add_argument(flag, dest=name, metavar="N",
-                                help=f"{meaning} ({default})".replace(" ()", ""))
+            flags = ["-b", flag] if name == "bind" else [flag]
+            shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+            action = "append" if isinstance(default, tuple) else "store"
+            parser.add_argument(*flags, dest=name, action=action, metavar="VALUE",
+                                help=f"{meaning} ({shown or 'none'})")
     parser.add_argument("-s", "--server", metavar="NAME",
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
     parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
+    parser.add_argument("--routes", action="store_true", help="print the routes, and end")
     return parser
 
 
@@ -6410,9 +6424,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
         flags = {name: vars(Settings(**flags))[name] for name in flags}
         debug(given["debug"])
+        load = partial(load_target, given["target"])
+        if given["routes"]:
+            return boot(companion("route_list").print_routes, load, is_target=True)
         if given["reload"]:
             companion("reloading").keep_reloading(1.0)
-        load = partial(load_target, given["target"])
         if given["server"]:
             app = load()
             if app is not None:

@@ -1062,6 +1062,29 @@ def find_browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@contextlib.contextmanager
+def nginx_in_front(behind, directives=""):
+    """The URL of an nginx that passes on to another server's."""
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        taken.close()
+        path = os.path.join(folder, "nginx.conf")
+        with open(path, "w") as file:
+            file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
+            for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
+                file.write("%s_temp_path %s/%s; " % (what, folder, what))
+            file.write("access_log off; %s server { listen 127.0.0.1:%d; location / { "
+                       "proxy_pass %s; } } }" % (directives, port, behind))
+        nginx = subprocess.Popen([NGINX, "-p", folder, "-c", path])
+        try:
+            wait_until(lambda: not is_refused("http://127.0.0.1:%d" % port))
+            yield "http://127.0.0.1:%d" % port
+        finally:
+            nginx.terminate()
+            nginx.wait(TIMEOUT)
+
+
+NGINX = shutil.which("nginx")
 CURL = shutil.which("curl")
 BROWSER = find_browser()
 
@@ -8672,12 +8695,14 @@ EXAMPLES = {        # module: expression that gives the WSGI application
     "plot": lambda module: module.app,
     "sessions": lambda module: module.app,
     "upload": lambda module: module.app,
+    "dashboard": lambda module: module.app,
 }
-LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
+LONGER = {"chat": 70, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
-VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 75, "ext": 50,
-            "gzip_middleware": 45, "jinja": 45, "reloading": 90, "resources": 45,
-            "service": 110, "testing": 390, "tls": 185, "websocket": 940}
+VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "debugging": 270, "events": 75,
+            "ext": 50, "gzip_middleware": 45, "jinja": 45, "proxies": 180, "reloading": 90,
+            "resources": 45, "route_list": 70, "service": 110, "status": 195, "testing": 390,
+            "tls": 185, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -9055,9 +9080,9 @@ class BrowserTest(unittest.TestCase):
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--no-proxy-server", "--disable-dev-shm-usage")
 
-    def dump_dom(self, app, *flags, path="/"):
+    def dump_dom(self, app, *flags, path="/", **settings):
         """What headless Chromium makes of a page, as text."""
-        with tempfile.TemporaryDirectory() as profile, Server(app, port=0) as server:
+        with tempfile.TemporaryDirectory() as profile, Server(app, port=0, **settings) as server:
             return subprocess.run(
                 [BROWSER, *self.FLAGS, *flags, "--user-data-dir=" + profile, "--dump-dom",
                  server.url + path],
@@ -9095,6 +9120,20 @@ class BrowserTest(unittest.TestCase):
             self.assertEqual((got["name"], got["query"], got["forms"], got["files"]),
                              (name, query, [["text", UNICODE]], files))
         self.assertEqual(download, [206, "bytes 65-69/4096", "ABCDE"])
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_draws_the_figures(self):
+        dom = self.dump_dom(load_example("dashboard"), "--virtual-time-budget=5000",
+                            path="/dashboard", status="/figures")
+        self.assertRegex(dom, r'<span>memory</span>.*\n?.*<polyline points="11\d,1')
+        self.assertIn(f"<td>{os.getpid()}</td>", dom)
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_shows_where_a_handler_has_failed(self):
+        with mock.patch.object(minibottle, "DEBUG", True), self.assertLogs("minibottle", "ERROR"):
+            dom = self.dump_dom(app_of(lambda: {}["<b>"]))
+        self.assertIn("<h1>KeyError: '&lt;b&gt;'</h1>", dom)
+        self.assertRegex(dom, "<details open=.*test_minibottle.py:")
 
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_chromium_shows_the_three_services(self):
@@ -9258,10 +9297,11 @@ class CompanionTest(unittest.TestCase):
                 elif isinstance(node, ast.ImportFrom):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
-            ". __future__ asyncio atexit base64 binascii codecs collections.abc contextlib "
-            "contextvars errno functools hashlib http.client importlib importlib.util inspect io "
-            "itertools json logging os re select selectors signal socket ssl stat subprocess sys "
-            "threading time types typing urllib.parse urllib.request weakref .websocket "
+            ". __future__ _thread asyncio atexit base64 binascii bisect codecs collections.abc "
+            "contextlib contextvars errno functools hashlib http.client importlib importlib.util "
+            "inspect io ipaddress itertools json linecache logging os .proxies re reprlib "
+            "resource select selectors signal socket ssl stat subprocess sys threading time "
+            "traceback types typing urllib.parse urllib.request weakref .websocket "
             "wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
@@ -10006,6 +10046,548 @@ class CommandTlsTest(PooledTest):
             with self.subTest(args):
                 self.assertEqual((found, out, err.count("\n")), (status, "", 1), err)
                 self.assertRegex(err, "^minibottle: .*" + text)
+
+
+PROXIED = (  # (peer, headers, what they make of REMOTE_ADDR, REMOTE_PORT, URL, SERVER_PORT)
+    # who is believed
+    ("9.9.9.9", {"For": "1.1.1.1", "Proto": "https", "Host": "evil"}, "9.9.9.9 7 http://a/ 8080"),
+    ("", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("10.0.0.10", {"For": "1.1.1.1"}, "10.0.0.10 7 http://a/ 8080"),
+    ("127.0.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("10.1.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("::ffff:10.1.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("fe80::1%eth0", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {}, "127.0.0.1 7 http://a/ 8080"),
+    # the client is the right-most whom nobody vouches for
+    ("127.0.0.1", {"For": "6.6.6.6, 1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "6.6.6.6, 1.1.1.1,10.1.2.3 ,\t10.1.0.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "10.1.0.1, 10.1.0.2"}, "10.1.0.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "6.6.6.6, rubbish, 10.1.0.2"}, "10.1.0.2  http://a/ 8080"),
+    # how an address may look
+    ("127.0.0.1", {"For": "1.1.1.1:80"}, "1.1.1.1 80 http://a/ 8080"),
+    ("127.0.0.1", {"For": "2001:DB8::1"}, "2001:db8::1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "[2001:db8::1]"}, "2001:db8::1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "[2001:db8::1]:80"}, "2001:db8::1 80 http://a/ 8080"),
+    ("127.0.0.1", {"For": "::ffff:1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    *(("127.0.0.1", {"For": hop}, "127.0.0.1 7 http://a/ 8080") for hop in (
+        "", ",", "unknown", "_hidden", "localhost", "1.1.1", "1.1.1.1.1", "1.1.1.256", "1.1.1.1:",
+        "1.1.1.1:x", "1.1.1.1:123456", "[1.1.1.1", "::1]", "fe80::1%<b>", "1", "\xb2.1.1.1",
+        "1.1.1.1" + " " * 60 + "1", "6.6.6.6, unknown", "6.6.6.6,")),
+    # the URL
+    ("127.0.0.1", {"Proto": "https"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Proto": "WSS"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Proto": "http"}, "127.0.0.1 7 http://a/ 80"),
+    ("127.0.0.1", {"Proto": "https, http"}, "127.0.0.1 7 http://a/ 80"),
+    ("127.0.0.1", {"Proto": "gopher"}, "127.0.0.1 7 http://a/ 8080"),
+    ("127.0.0.1", {"Host": "b.example"}, "127.0.0.1 7 http://b.example/ 80"),
+    ("127.0.0.1", {"Host": "evil, b:81"}, "127.0.0.1 7 http://b:81/ 81"),
+    ("127.0.0.1", {"Host": "[::1]:81"}, "127.0.0.1 7 http://[::1]:81/ 81"),
+    *(("127.0.0.1", {"Host": host}, "127.0.0.1 7 http://a/ 8080") for host in (
+        "", "a/b", "a@b", ":80", "a b", "a:b", "\xe4")),
+    ("127.0.0.1", {"Port": "81"}, "127.0.0.1 7 http://a:81/ 81"),
+    ("127.0.0.1", {"Port": "443", "Proto": "https"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Port": "444", "Host": "[::1]"}, "127.0.0.1 7 http://[::1]:444/ 444"),
+    ("127.0.0.1", {"Port": "81", "Host": "b:82"}, "127.0.0.1 7 http://b:82/ 82"),
+    *(("127.0.0.1", {"Port": port}, "127.0.0.1 7 http://a/ 8080") for port in (
+        "", "0", "65536", "+5", "8_0", "\xb2", "http", "81,")),
+    ("127.0.0.1", {"For": "1.1.1.1", "Proto": "https", "Host": "b", "Port": "444"},
+     "1.1.1.1  https://b:444/ 444"),
+)
+
+
+class ProxiesTest(WireTest):
+    """X-Forwarded-* of proxies that are trusted, and of nobody else."""
+
+    TRUSTED = ("unix", "127.0.0.1", "10.1.0.0/16", "fe80::/10", "10.0.0.8/31")
+
+    def see(self, trusted, environ):
+        """The environ that reaches the application."""
+        from minibottle.proxies import forwarding
+        return forwarding(trusted, lambda seen: seen)(environ)
+
+    def test_what_they_say_is_in_the_environ(self):
+        for peer, headers, expected in PROXIED:
+            environ = environ_of(HTTP_HOST="a", SERVER_PORT="8080", REMOTE_ADDR=peer,
+                                 REMOTE_PORT="7", **{"wsgi.url_scheme": "http"},
+                                 **{"HTTP_X_FORWARDED_" + name.upper(): value
+                                    for name, value in headers.items()})
+            with self.subTest(peer=peer, headers=headers):
+                seen = self.see(self.TRUSTED, environ)
+                got = [seen["REMOTE_ADDR"], seen["REMOTE_PORT"], Request(seen).url]
+                self.assertEqual(" ".join([*got, seen["SERVER_PORT"]]), expected)
+
+    def test_a_request_without_a_host_gets_the_port_alone(self):
+        environ = environ_of(REMOTE_ADDR="", SERVER_NAME="n", SERVER_PORT="1",
+                             HTTP_X_FORWARDED_PORT="81", **{"wsgi.url_scheme": "http"})
+        seen = self.see(["unix"], environ)
+        self.assertEqual((Request(seen).url, "HTTP_HOST" in seen), ("http://n:81/", False))
+
+    def test_other_fields_mean_nothing(self):
+        environ = environ_of(REMOTE_ADDR="127.0.0.1", HTTP_FORWARDED="for=1.1.1.1;host=evil",
+                             HTTP_X_REAL_IP="1.1.1.1", HTTP_X_FORWARDED_PREFIX="/evil",
+                             **{"wsgi.url_scheme": "http"})
+        self.assertEqual(self.see(["127.0.0.1"], dict(environ)), environ)
+
+    def test_a_long_list_of_hops_takes_linear_time(self):
+        hops = ", ".join("10.1.%d.%d" % (i >> 8, i & 255) for i in range(3000))
+        began = time.process_time()
+        seen = self.see(["127.0.0.1", "10.0.0.0/8"], environ_of(
+            REMOTE_ADDR="127.0.0.1", HTTP_X_FORWARDED_FOR="6.6.6.6, rubbish, " + hops))
+        self.assertEqual(seen["REMOTE_ADDR"], "10.1.0.0")
+        self.assertLess(time.process_time() - began, 0.5 * SLOW)
+
+    def test_the_application_its_urls_and_its_websockets_see_the_client(self):
+        app = app_of(lambda: f"{request.remote_addr} {request.url}")
+        app.websocket("/ws")(lambda ws: None)
+        forwarded = {"X-Forwarded-For": "1.1.1.1", "X-Forwarded-Proto": "https",
+                     "X-Forwarded-Host": "shop.example"}
+        upgrade = {**forwarded, "Connection": "Upgrade", "Upgrade": "websocket",
+                   "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        for trusted, client, url, statuses in (
+                ((), "127.0.0.1", None, [403, 101]),
+                (("127.0.0.1",), "1.1.1.1", "https://shop.example/", [101, 403])):
+            server = self.serve(app, trusted_proxies=trusted)
+            with self.subTest(trusted=trusted), self.assertLogs("minibottle.access") as logs:
+                self.assertEqual(fetch(server.url, headers=forwarded)[2].decode(),
+                                 f"{client} {url or server.url + '/'}")
+                self.assertTrue(wait_until(lambda: logs.records))
+                self.assertEqual((logs.records[0].client, logs.records[0].peer),
+                                 (client, "127.0.0.1"))
+                for origin, status in zip(("https://shop.example", server.url), statuses):
+                    self.assertEqual(fetch(server.url, "/ws", headers={
+                        **upgrade, "Origin": origin})[0], status)
+
+    def test_a_body_that_is_too_large_is_refused_by_the_server_and_by_an_app(self):
+        def wsgi(environ, start_response):
+            saw.append(environ)
+        saw, app = [], app_of(lambda: "", method="POST")
+        app.error(413)(lambda error: "my page for " + request.remote_addr)
+        for served, expected in ((wsgi, b"max_body"), (app, b"my page for 1.1.1.1")):
+            server = self.serve(served, trusted_proxies="127.0.0.1", max_body=5)
+            status, _, body = fetch(server.url, "/", "POST", b"123456",
+                                    {"X-Forwarded-For": "1.1.1.1"})
+            self.assertEqual((status, expected in body), (413, True), body)
+        self.assertEqual(saw, [])
+
+    def test_what_is_no_address_is_named_at_the_start(self):
+        for bad in ("nonsense", "10.0.0.1/8", "10.0.0.0/33", "*", "", "localhost", "unix:/a"):
+            with self.subTest(bad=bad), self.assertRaisesRegex(
+                    UsageError, "trusted_proxies: .*" + re.escape(repr(bad).strip("'"))):
+                self.see([bad], {})
+        self.assertEqual(Settings(trusted_proxies=()).trusted_proxies, ())
+
+    @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+    def test_nginx_in_front_says_who_the_client_is(self):
+        app = app_of(lambda: f"{request.remote_addr} {request.url}")
+        server = self.serve(app, trusted_proxies="127.0.0.2")
+        fields = "".join("proxy_set_header X-Forwarded-%s; " % field for field in (
+            "For $proxy_add_x_forwarded_for", "Proto $scheme", "Host $http_host", 'Port ""'))
+        said = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil",
+                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https"}
+        with nginx_in_front(server.url, "proxy_bind 127.0.0.2; " + fields) as url:
+            self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {url}/")
+        with nginx_in_front(server.url, fields) as url:  # from an address that is not trusted
+            self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {server.url}/")
+
+
+class Account:
+    """Its repr() tells what it should not."""
+
+    def __init__(self, password):
+        self.password = password
+
+    def __repr__(self):
+        return "Account(name='Łukasz', password=%r, url='db://me:%s@host/')" % (
+            self.password, self.password)
+
+
+class Mute:
+    def __repr__(self):
+        raise ValueError
+
+
+class DebugPageTest(UnitTest):
+    """The page of an error in debug mode: for who sits at this machine, and no more than a page."""
+
+    HIDE = "hunter" + "2"  # so that it is in no line of source
+
+    def broken(self):
+        """A handler."""
+        account, mute, token = Account(self.HIDE), Mute(), self.HIDE
+        config = {"api_key": self.HIDE, b"cookie": [self.HIDE], "plain": {"a": "<i>"}}
+        many, html, data = list(range(10000)), "<script>" * 10000, bytes(10000)
+        try:
+            {}["<b>"]
+        except KeyError:
+            raise ValueError(  # noqa: B904
+                "<b>bold</b>", len((account, mute, token, config, many, html, data)))
+
+    def ask(self, app, accept="text/html,*/*;q=0.8", path="/", environ=()):
+        def asked(given, start_response):
+            return app({**given, **dict(environ)}, start_response)
+        with mock.patch.object(minibottle, "DEBUG", True), self.assertLogs("minibottle", "ERROR"):
+            return ask(asked, path, headers={"Accept": accept, "Cookie": "a=" + self.HIDE})
+
+    def test_it_shows_the_request_the_chain_the_source_and_the_variables(self):
+        app = App()
+        app.get("/a/<name>", callback=lambda name: self.broken())
+        answer = self.ask(app, path="/a/<i>?q=<s>")
+        text = html.unescape(answer.text)
+        for shown in ("ValueError: ('<b>bold</b>', 7)", "It was raised while this was handled:",
+                      "KeyError: '<b>'", "GET http://", "{}[\"<b>\"]", "'name': '<i>'",
+                      "{'api_key': ***, b'cookie': ***, 'plain': {'a': '<i>'}}",
+                      "Account(name='Łukasz', password=***, url='db://me:***@host/')",
+                      "<Mute, whose repr() raises ValueError>", "<th>token</th><td>***</td>",
+                      "<th>Cookie</th><td>***</td>", "[0, 1, 2, 3, 4,"):
+            self.assertIn(shown, text)
+        line = self.broken.__func__.__code__.co_firstlineno + 8
+        self.assertIn("<mark>%5d             raise ValueError(" % line, answer.text)
+        self.assertIn("<span>%5d " % (line - 5), answer.text)
+        self.assertNotIn("<span>%5d " % (line - 6), answer.text.partition("<h2>")[0])
+        self.assertNotIn(self.HIDE, text)
+        self.assertLess(len(answer.text), 50000)
+
+    def test_what_a_client_or_the_code_says_is_text_there(self):
+        app = App()
+        app.get("/a/<name>", callback=lambda name: self.broken())
+        answer = self.ask(app, path="/a/<i>?q=<s>")
+        tags = re.findall(r"<(\w+)([^>]*)>", answer.text)
+        self.assertEqual({name for name, _ in tags}, set(
+            "html head meta title style body h1 p details summary b pre span mark table tr th td "
+            "h2 br".split()))
+        self.assertEqual({attributes for _, attributes in tags}, {
+            "", " open", ' lang="en"', ' charset="utf-8"',
+            ' name="viewport" content="width=device-width"'})
+        self.assertNotIn("url(", answer.text.partition("</style>")[0])
+        self.assertEqual(answer.headers["Content-Security-Policy"],
+                         "default-src 'none'; style-src 'unsafe-inline'")
+        self.assertEqual(answer.headers["Cache-Control"], "no-store")
+
+    def test_a_program_gets_the_traceback_as_text(self):
+        for accept, expected in (
+                ("application/json", "text/plain; charset=UTF-8"),
+                ("application/problem+json, */*", "text/plain; charset=UTF-8"),
+                ("*/*", "text/html; charset=UTF-8"), ("", "text/html; charset=UTF-8")):
+            with self.subTest(accept=accept):
+                answer = self.ask(app_of(self.broken), accept)
+                self.assertEqual(answer.headers["Content-Type"], expected)
+                self.assertIn("raise ValueError(", answer.text)
+                self.assertNotIn("<table>", answer.text)
+
+    def test_a_recursion_without_end_is_cut_in_the_middle(self):
+        def deep(n=0):
+            return deep(n + 1)
+        answer = self.ask(app_of(lambda: deep()))
+        self.assertEqual(answer.text.count("<details"), 30)
+        self.assertRegex(answer.text, r"… \d+ frames …")
+
+    def test_it_is_for_this_machine_alone(self):
+        app = app_of(self.broken)
+        for environ, shown in (
+                ({}, True), ({"REMOTE_ADDR": "::1", "SERVER_NAME": "::1"}, True),
+                ({"HTTP_HOST": "LOCALHOST:80"}, True), ({"HTTP_HOST": "[::1]:80"}, True),
+                ({"REMOTE_ADDR": "1.1.1.1"}, False), ({"REMOTE_ADDR": ""}, False),
+                ({"HTTP_HOST": "rebound.example"}, False), ({"HTTP_HOST": "127.0.0.1.evil"}, False),
+                ({"HTTP_X_FORWARDED_FOR": "127.0.0.1"}, False), ({"HTTP_FORWARDED": "x"}, False),
+                ({"HTTP_X_FORWARDED_FOR": "127.0.0.1", "minibottle.peer": ""}, True),
+                ({"SERVER_PROTOCOL": "HTTP/1.0"}, False),
+                ({"SERVER_NAME": "0.0.0.0"}, False), ({"SERVER_NAME": "10.0.0.1"}, False)):
+            with self.subTest(environ=environ), mock.patch.object(minibottle, "noted", set()):
+                answer = self.ask(app, environ=environ)
+                self.assertEqual("<table>" in answer.text, shown)
+                self.assertIn("raise ValueError", answer.text)
+
+    def test_without_debug_or_without_its_file_there_is_none(self):
+        with self.assertLogged():
+            answer = ask(app_of(self.broken), headers={"Accept": "text/html"})
+        self.assertNotIn("ValueError", answer.text)
+        with mock.patch.dict(sys.modules, {"minibottle.debugging": None}):
+            answer = self.ask(app_of(self.broken))
+        self.assertIn("raise ValueError", answer.text)
+        self.assertNotIn("<table>", answer.text)
+
+    def test_text_without_end_takes_linear_time(self):
+        from minibottle.debugging import hide_secrets
+        for text in ("key" * 10 ** 6, "key='" * 10 ** 6, "key  " * 10 ** 6, "://a:" * 10 ** 6,
+                     "key=" + "\\'" * 10 ** 6):
+            self.assertQuick(hide_secrets, text)
+
+
+class RouteListTest(PooledTest):
+    """--routes"""
+
+    PROGRAM = textwrap.dedent("""\
+        import functools
+        from minibottle import App, Handler, run
+
+        def decorated(func):
+            def wrapper(*args, **more):
+                return func(*args, **more)
+            return functools.update_wrapper(wrapper, func)
+
+        app, blog, post = App(), App(), App()
+
+        @app.get("/hello/<name>", name="greet")
+        @decorated
+        def hello(name): pass
+
+        class Note(Handler):
+            def get(self): pass
+            async def put(self): pass
+
+        app.route("/note", callback=Note)
+        app.route("/any", "ANY", functools.partial(hello, "me"))
+        app.get("/len", callback=len)
+
+        @app.websocket("/chat/<room>")
+        async def chat(ws, room): pass
+
+        @blog.post("/new")
+        def new(): pass
+
+        @post.get("/<id:int>")
+        def show(id): pass
+
+        def wsgi(environ, start_response): pass
+
+        blog.mount("/post/", post)
+        app.mount("/blog", blog)
+        app.mount("/old/<year>", wsgi)
+
+        def main():
+            run(app, workers=2, bind="127.0.0.1:1")
+
+        def count(): pass
+        """)
+    ROUTES = [
+        "GET   /hello/<name>         greet               listed.py:11",
+        "GET   /note                 listed:Note.get     listed.py:16",
+        "PUT   /note                 listed:Note.put     listed.py:17",
+        "ANY   /any                  listed:hello        listed.py:11",
+        "GET   /len                  builtins:len",
+        "WS    /chat/<room>          listed:chat         listed.py:23",
+        "POST  /blog/new             listed:new          listed.py:26",
+        "GET   /blog/post/<id:int>   listed:show         listed.py:29",
+        "*     /old/<year>/          listed:wsgi         listed.py:32"]
+
+    def run_it(self, *args):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "listed.py"), "w") as file:
+                file.write(self.PROGRAM)
+            done = subprocess.run(
+                [sys.executable, FILE, *args], cwd=folder, env=make_environment(PYTHONPATH=""),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+                universal_newlines=True)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_each_is_printed_with_where_its_handler_is_and_nothing_is_served(self):
+        for target in ("listed:app", "listed:main"):
+            status, out, err = self.run_it(target, "--routes", "--reload")
+            self.assertEqual((status, err), (0, ""))
+            self.assertEqual([re.sub(" +", " ", line) for line in out.splitlines()],
+                             [re.sub(" +", " ", line) for line in self.ROUTES])
+            self.assertEqual(len({line.find("listed.py:") for line in out.splitlines()
+                                  if "listed.py:" in line}), 1, "columns")
+
+    def test_what_has_no_routes_is_a_line_and_exit_status_2(self):
+        for target, said in (("listed:wsgi", "listed:wsgi is no App"),
+                             ("listed:nothing", "no 'nothing' in listed")):
+            status, out, err = self.run_it(target, "--routes")
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(said, err)
+
+    def test_an_application_without_routes_has_an_empty_list(self):
+        from minibottle.route_list import iter_routes, print_routes
+        self.assertEqual(list(iter_routes(App())), [])
+        print_routes(App(), {})
+
+
+class StatusTest(WireTest):
+    """The setting `status`: the server's figures, for this machine."""
+
+    def ask(self, url, path="/status", **options):
+        status, headers, body = fetch(url, path, **options)
+        self.assertEqual(headers["Content-Type"], "application/json")
+        return status, json.loads(body)
+
+    def figures(self, url):
+        return self.ask(url)[1]
+
+    def grown(self, before, after):
+        """The counts that have changed."""
+        rows = {**before, **before["responses"]}, {**after, **after["responses"]}
+        return {name: rows[1][name] - number for name, number in rows[0].items()
+                if type(number) is int and rows[1][name] != number}
+
+    def test_requests_are_counted_by_their_answers(self):
+        app = app_of(lambda: "hello")
+        app.get("/broken", callback=lambda: 1 // 0)
+        app.get("/odd", callback=lambda: HTTPResponse("", "999 Odd"))
+        app.get("/away", callback=lambda: redirect("/"))
+        server = self.serve(app, status="/status")
+        before = self.figures(server.url)
+        with self.assertLogs("minibottle", "ERROR"):
+            for path in ("/", "/", "/no", "/broken", "/away", "/odd"):
+                fetch(server.url, path)
+        self.assertEqual(self.connect(server).send(b"nonsense\r\n\r\n").answer().status, 400)
+        expected = {"requests": 8, "2xx": 3, "3xx": 1, "4xx": 2, "5xx": 2}  # with its own first
+        self.assertTrue(wait_until(lambda: self.figures(server.url)["requests"]
+                                   - before["requests"] >= 8))
+        after = self.figures(server.url)
+        extra = after["requests"] - before["requests"] - 8                  # of those who waited
+        expected["requests"] += extra
+        expected["2xx"] += extra
+        grown = self.grown(before, after)
+        self.assertGreater(grown.pop("bytes"), 10)
+        grown.pop("hand_overs", None)
+        self.assertEqual(grown, expected)
+        self.assertEqual(after["latency"]["inf"], after["requests"])
+
+    def test_its_latencies_are_in_buckets_each_with_what_was_quicker(self):
+        app = app_of(lambda: time.sleep(0.02))
+        server = self.serve(app, status="/status")
+        before = self.figures(server.url)["latency"]
+        fetch(server.url)
+        self.assertTrue(wait_until(
+            lambda: self.figures(server.url)["latency"]["inf"] >= before["inf"] + 2))
+        after = self.figures(server.url)["latency"]
+        self.assertEqual(list(after), [*"0.001 0.003 0.01 0.03 0.1 0.3 1.0 3.0 10.0 inf".split()])
+        self.assertEqual(sorted(after.values()), list(after.values()))
+        slow = {name: after["inf"] - after[name] - before["inf"] + before[name] for name in after}
+        self.assertGreaterEqual(slow["0.01"], 1)
+        self.assertEqual((slow["10.0"], slow["inf"]), (0, 0))
+
+    def test_a_worker_shows_its_threads_connections_and_memory(self):
+        entered, leave = threading.Event(), threading.Event()
+        app = app_of(lambda: (entered.set(), leave.wait(TIMEOUT))[0])
+        server = self.serve(app, status="/status")
+        with contextlib.closing(Client(server.url)) as client:
+            client.request("GET", "/")
+            entered.wait(TIMEOUT)
+            figures = self.figures(server.url)
+            leave.set()
+            client.getresponse().read()
+        worker, = figures["workers"]
+        self.assertEqual((worker["pid"], worker["draining"]), (os.getpid(), False))
+        self.assertEqual((worker["connections"], worker["busy_threads"]), (2, 2))
+        self.assertGreater(worker["memory"], 1 << 20)
+        self.assertGreaterEqual(figures["hand_overs"], 1)
+
+    def test_it_is_for_this_machine_and_says_so_to_others(self):
+        server = self.serve(app_of(lambda: "hello"), status="/status", trusted_proxies="127.0.0.2")
+        for headers, status in (
+                ({}, 200), ({"Host": "localhost:1"}, 200), ({"Host": "[::1]"}, 200),
+                ({"Host": "rebound.example"}, 403), ({"X-Forwarded-For": "127.0.0.1"}, 403),
+                ({"Forwarded": "for=127.0.0.1"}, 403), ({"Via": "1.1 a"}, 403)):
+            with self.subTest(headers=headers):
+                got, said = self.ask(server.url, headers=headers)
+                self.assertEqual((got, "requests" in said), (status, status == 200))
+        server = self.serve(app_of(lambda: "hello"), status="/status", trusted_proxies="127.0.0.1")
+        for client, status in (("127.0.0.1", 200), ("1.1.1.1", 403)):
+            self.assertEqual(self.ask(server.url, headers={"X-Forwarded-For": client})[0], status)
+        wire = self.connect(server).send(b"GET /status HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        self.assertEqual(wire.answer().status, 403)
+
+    def test_a_worker_that_drains_is_not_ready(self):
+        entered, leave = threading.Event(), threading.Event()
+        app = app_of(lambda: (entered.set(), leave.wait(TIMEOUT))[0])
+        server = self.serve(app, status="/status")
+        self.assertEqual(self.ask(server.url, "/status?ready"), (200, {"ready": True}))
+        with contextlib.closing(Client(server.url)) as client:
+            client.ask("/status?ready")
+            busy = self.connect(server).send(get("/"))
+            entered.wait(TIMEOUT)
+            server.worker.drain_idle_seconds = TIMEOUT
+            server.worker.drain()
+            status, _, body = client.ask("/status?ready")
+            self.assertEqual((status, json.loads(body)), (503, {"ready": False}))
+            leave.set()
+            busy.answer()
+
+    def test_other_methods_and_paths(self):
+        server = self.serve(app_of(lambda: "hello"), status="/status")
+        self.assertEqual(self.ask(server.url, method="POST")[0], 405)
+        self.assertEqual(fetch(server.url, "/status", "HEAD")[::2], (200, b""))
+        self.assertEqual(fetch(server.url)[2], b"hello")
+        self.assertEqual(fetch(server.url, "/status/")[0], 404)
+        plain = self.serve(app_of(lambda: "hello"))
+        self.assertEqual(fetch(plain.url, "/status")[0], 404)
+        for bad in ("status", "/a b", "/a?b", 5, None):
+            self.assertRaises(UsageError, Settings, status=bad)
+
+    def test_the_access_log_stays_as_it_was(self):
+        for logs, lines in ((False, 0), (True, 1)):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                server = self.serve(app_of(lambda: "a"), status="/status", access_log=logs)
+                fetch(server.url)
+                server.stop()
+            self.assertEqual(out.getvalue().count("GET / HTTP"), lines)
+
+    def test_the_dashboard_has_all_figures_for_prometheus(self):
+        server = self.serve(load_example("dashboard"), status="/figures")
+        self.assertIn(b'fetch("/figures"', fetch(server.url, "/dashboard")[2])
+        fetch(server.url, "/no")
+        self.assertTrue(wait_until(lambda: self.figures_of(server)["responses"]["4xx"]))
+        status, headers, body = fetch(server.url, "/metrics")
+        self.assertEqual(headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        for line in body.decode().splitlines():
+            self.assertRegex(line, r"\A(# TYPE minibottle_\w+ (counter|gauge|histogram)|"
+                             r'minibottle_\w+(\{\w+="[\w.+]+"\})? [\d.e-]+)\Z')
+        self.assertRegex(body, rb'\nminibottle_responses_total\{class="4xx"\} [1-9]')
+        self.assertRegex(body, rb'\nminibottle_seconds_bucket\{le="\+Inf"\} [1-9]')
+        self.assertEqual(fetch(server.url, "/metrics", headers={"Host": "evil"})[0], 403)
+
+    def figures_of(self, server):
+        return self.ask(server.url, "/figures")[1]
+
+
+@unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
+class CommandCompanionsTest(PooledTest):
+    """The command line with what lies beside."""
+
+    def test_a_trusted_proxy_that_is_no_address_is_a_line_and_exit_status_2(self):
+        status, _, said = finish("shop:app", "--trusted-proxies", "10.0.0.0/8",
+                                 "--trusted-proxies=nonsense", "--bind", "127.0.0.1:0")
+        self.assertEqual((status, said.count("\n"), "nonsense" in said), (2, 1, True), said)
+
+    def test_a_server_for_others_says_once_why_the_debug_page_is_not_shown(self):
+        with serve("shop:app", "--debug", "--bind", "0.0.0.0:0", "--no-access-log") as server:
+            url = server.url.replace("0.0.0.0", "127.0.0.1")
+            for _ in range(2):
+                body = fetch(url, "/raise", headers={"Accept": "text/html"})[2]
+                self.assertEqual((b"it failed" in body, b"<table>" in body), (True, False))
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.said().count("0.0.0.0 is not loopback"), 1, server.said())
+
+    def test_each_worker_knows_of_all_and_what_a_killed_one_has_counted_stays(self):
+        def figures(server):
+            return json.loads(fetch(server.url, "/status")[2])
+        with serve("shop:app", "--workers", "2", "--status", "/status") as server:
+            self.assertTrue(wait_until(lambda: len(figures(server)["workers"]) == 2))
+            for _ in range(20):
+                fetch(server.url)
+            self.assertTrue(wait_until(lambda: figures(server)["requests"] > 20))
+            before = figures(server)
+            pids = {worker["pid"] for worker in before["workers"]}
+            self.assertEqual(pids, set(server.children()))
+            time.sleep(1)                    # it is not one that dies at once
+            os.kill(min(pids), signal.SIGKILL)
+            self.assertTrue(wait_until(lambda: len(
+                {worker["pid"] for worker in figures(server)["workers"]} - {min(pids)}) == 2))
+            after = figures(server)
+            self.assertEqual(sorted(worker["restarts"] for worker in after["workers"]), [0, 1])
+            self.assertEqual(after["starts"], 3)
+            self.assertGreater(after["requests"], before["requests"])
+            self.assertEqual(server.stop(), 0)
+
+    def test_an_application_that_runs_itself_has_it_too(self):
+        with open(os.path.join(FOLDER, "figured.py"), "w") as file:
+            file.write("from minibottle import App\n"
+                       "App().run(port=0, status='/s', workers=2, quiet=False)\n")
+        with serve("figured.py", start=(), bind=False) as server:
+            self.assertTrue(wait_until(
+                lambda: len(json.loads(fetch(server.url, "/s")[2])["workers"]) == 2))
+            self.assertEqual(server.stop(), 0)
 
 
 # === 18. WebSocket ============================================================
@@ -12091,28 +12673,11 @@ class ClientServersTest(ClientTest):
             server.stop()
             await server.close_all_connections()
 
-    @unittest.skipUnless(LONG and shutil.which("nginx"), "needs nginx and MINIBOTTLE_LONG=1")
+    @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
     async def test_nginx_in_front_of_ours(self):
         with serve_builtin(load_example("example_tornado")) as behind, \
-                tempfile.TemporaryDirectory() as folder, socket.create_server(
-                    ("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            taken.close()
-            path = os.path.join(folder, "nginx.conf")
-            with open(path, "w") as file:
-                file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
-                for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
-                    file.write("%s_temp_path %s/%s; " % (what, folder, what))
-                file.write("access_log off; gzip on; gzip_types *; gzip_min_length 1; server { "
-                           "listen 127.0.0.1:%d; location / { proxy_pass %s; } } }"
-                           % (port, behind))
-            nginx = subprocess.Popen(["nginx", "-p", folder, "-c", path])
-            try:
-                wait_until(lambda: not is_refused(f"http://127.0.0.1:{port}"))
-                await self.check(f"http://127.0.0.1:{port}")
-            finally:
-                nginx.terminate()
-                nginx.wait(TIMEOUT)
+                nginx_in_front(behind, "gzip on; gzip_types *; gzip_min_length 1; ") as url:
+            await self.check(url)
 
 
 # === 20. Test client, sessions, cross-origin requests, uploads ================
@@ -12904,11 +13469,11 @@ class ReadmeTest(unittest.TestCase):
         expected = []
         for name, default, meaning in minibottle.SETTINGS:
             if isinstance(default, tuple):
-                shown = default[0]
+                shown = default[0] if default else "none"
             elif isinstance(default, bool):
                 shown = "on" if default else "off"
             else:
-                shown = default if isinstance(default, str) else f"{default:,g}" \
+                shown = (default or "none") if isinstance(default, str) else f"{default:,g}" \
                     if isinstance(default, float) else f"{default:,}"
             expected.append((name, shown, meaning))
         self.assertEqual(rows, expected)

@@ -39,7 +39,7 @@ ALERT = 21            # a record's first byte (RFC 8446 5.1), and
 HIDDEN_ALERT = 23, 3, 3, 0, 19  # its head in TLS 1.3: like data, with 2 bytes, a kind and 16 more
 
 
-def secure(worker: Worker) -> None:
+def install(worker: Worker) -> None:
     """Let what this worker accepts speak TLS. Raises StartError."""
     context = make_context(worker.settings.cert, worker.settings.key)
     for fd, (sock, template) in worker.listeners.items():
