@@ -167,6 +167,8 @@ class UsageError(Exception):
 SETTINGS = (
     # name, default (its type is the setting's), what it is: times in seconds, sizes in bytes
     ("bind", ("127.0.0.1:8080",), "host:port, [::1]:port, unix:/path or fd:3 (repeatable)"),
+    ("cert", "", "PEM file with the certificate and its chain: HTTPS (needs minibottle_tls.py)"),
+    ("key", "", "PEM file with the certificate's key, where that is not in the same file"),
     ("workers", "1", "worker processes: a number, auto (one a CPU) or 0 (no master process)"),
     ("max_threads", 32, "threads for code that blocks, per worker"),
     ("queue_timeout", 30.0, "a request waits this long for a thread, then 503"),
@@ -189,6 +191,8 @@ SETTINGS = (
     ("gzip", True, "compress what a client accepts compressed"),
     ("gzip_min", 1024, "a smaller body is not compressed"),
     ("gzip_level", 6, "1 (fast) to 9 (small)"),
+    ("trusted_proxies", (), "address, network or unix: its X-Forwarded-* count (repeatable)"),
+    ("status", "", "path of the server's figures as JSON, for clients on this machine"),
     ("quiet", False, "no line at the start"),
     ("access_log", False, "one line a request on standard output (the command line turns it on)"),
     ("log_file", "-", "all that is printed goes to the end of this file (USR1 reopens it)"),
@@ -219,6 +223,8 @@ class Settings:
                 raise UsageError(f"setting {name}: with 0 nobody would be served")
         if self.log_file != "-":  # it is opened again, maybe from another directory
             self.log_file = os.path.abspath(self.log_file)
+        if self.key and not self.cert:
+            raise UsageError("setting key: without cert there is no TLS")
         if given:
             unknown = ", ".join(sorted(given))
             raise UsageError(f"unknown setting {unknown}; there are {', '.join(vars(self))}")
@@ -230,7 +236,7 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
     if kind is tuple:
         values = (value,) if isinstance(value, str) else value
         fits = isinstance(values, (list, tuple)) and all(isinstance(v, str) for v in values)
-        if fits and values:
+        if fits and (values or not default):
             return tuple(values)
     elif kind is bool:
         if isinstance(value, bool):
@@ -241,7 +247,8 @@ def parse_setting(name: str, default: Any, value: Any) -> object:
 
 
 SETTING_FORMS: Dict[Any, str] = {int: r"[0-9]{1,18}", float: r"[0-9]{1,18}(\.[0-9]*)?",
-                                 str: r"[^\0]+", "workers": "auto|[0-9]{1,4}"}
+                                 str: r"[^\0]*", "workers": "auto|[0-9]{1,4}",
+                                 "status": r"(/[^?#\s]*)?"}
 DEFAULTS = Settings()
 DEBUG = False  # read at each use
 
@@ -3544,6 +3551,11 @@ class App:
     catchall = property(lambda self: self.config["catchall"],
                         lambda self, value: self.config.update(catchall=value))
 
+    @cached_property
+    def resources(self) -> Any:
+        """A ResourceManager, of minibottle_resources.py."""
+        return import_module(f"{THIS}.resources").ResourceManager()
+
     def __enter__(self) -> App:
         """In `with app:` it is the default application."""
         default_app.push(self)
@@ -3855,6 +3867,13 @@ class App:
         """The page of an error that has no handler of its own; override it for another look."""
         if isinstance(res.body, (dict, list)):
             return res.body
+        if DEBUG and res.traceback:
+            try:
+                page = import_module(f"{THIS}.debugging").debug_page(res)
+            except ModuleNotFoundError:  # it does not lie beside
+                page = None
+            if page:
+                return page
         title = html_escape(res.status_line)
         body = res.body.decode("utf-8", "replace") if isinstance(res.body, bytes) else res.body
         cause = f"<pre>{html_escape(res.traceback)}</pre>\n" if DEBUG and res.traceback else ""
@@ -4875,6 +4894,10 @@ class Worker(Loop):
             sock.setblocking(False)
             self.listeners[sock.fileno()] = sock, self.template(sock)
             self.poller.register(sock.fileno(), IN)
+        self.sendfile: Any = getattr(os, "sendfile", None)
+        for name, file in (("trusted_proxies", "proxies"), ("status", "status"), ("cert", "tls")):
+            if getattr(settings, name):
+                import_module(f"{THIS}.{file}").install(self)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -4890,7 +4913,7 @@ class Worker(Loop):
             "SERVER_SOFTWARE": "minibottle", "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http", "wsgi.multithread": True, "wsgi.run_once": False,
             "wsgi.multiprocess": self.settings.workers not in ("0", "1"),
-            "wsgi.errors": sys.stderr or LogStream(), "wsgi.input": EMPTY_INPUT,
+            "wsgi.errors": sys.stderr or open(os.devnull, "w"), "wsgi.input": EMPTY_INPUT,
             "wsgi.input_terminated": True, "wsgi.file_wrapper": FileWrapper,
             "minibottle.settings": self.settings})
         return environ
@@ -5391,7 +5414,7 @@ class Worker(Loop):
         x.out, began = b"", x.sent
         try:
             while x.left and x.sent < began + TURN_BYTES:
-                n = self.user(me, os.sendfile, x.connection.fd, x.result.file.fileno(),
+                n = self.user(me, self.sendfile, x.connection.fd, x.result.file.fileno(),
                               x.offset + x.sent, min(x.left, TURN_BYTES))
                 if not n:
                     log.error("%s: the file ended %s bytes short", x.describe(), x.left)
@@ -5506,7 +5529,7 @@ class Worker(Loop):
             x.begin(self, c, {"REQUEST_METHOD": method, "REQUEST_URI": "-", "REMOTE_ADDR": c.addr,
                               "SERVER_PROTOCOL": "HTTP/1.1"})
         x.ending = CLOSE
-        if getattr(error, "status", 0) == 413 and self.plan != self.learned_plan:
+        if getattr(error, "status", 0) == 413 and hasattr(self.target, "minibottle_plan"):
             x.environ.update({"minibottle.refused": error, "minibottle.route": None})
             return self.call(x, me)
         self.on_error(x, error, me)
@@ -5664,14 +5687,6 @@ def note_refusal(message: str, *args: object) -> None:
         log.info(message, *args)
 
 
-class LogStream(io.TextIOBase):
-    """wsgi.errors where there is no stderr."""
-
-    def write(self, text: str) -> int:
-        log.error("%s", text.rstrip())
-        return len(text)
-
-
 # === 14. Workers ==============================================================
 # A master that forks workers, replaces those that end, and runs no user code. Each worker imports
 # the target, which may call run(), and tells the master over its own pair of sockets (the link)
@@ -5684,6 +5699,7 @@ class LogStream(io.TextIOBase):
 # than are wanted: its successor is there before, and one that cannot start leaves all as it is.
 
 MAX_WORKERS = 1000
+FIGURES = memoryview(mmap.mmap(-1, 1 << 20)).cast("d")  # of minibottle_status.py, for all workers
 MAX_BACKOFF_SECONDS = 30             # after 1, 2, 4, 8 and 16
 USAGE_STATUS, FAILED_STATUS = 2, 1   # exit status of a wrong command line, and of what cannot start
 
@@ -5780,7 +5796,6 @@ def serve_alone(defaults: dict, flags: dict, app: Callable, options: dict) -> No
     finally:
         for sock in sockets:
             sock.close()
-        unlink_sockets()
 
 
 def tell(link: socket.socket, message: dict) -> None:
@@ -5863,7 +5878,6 @@ class Master:
                 self.watch()
         finally:
             self.stop(signal.SIGKILL)
-            unlink_sockets()
             self.bell.close()
         return self.status
 
@@ -6158,13 +6172,13 @@ def print_started(sockets: List[socket.socket], workers: str, settings: Settings
         companion("service").notify("READY=1")
     if settings.quiet:
         return
-    where = ", ".join(format_address(sock) for sock in sockets)
+    where = ", ".join(format_address(sock, settings) for sock in sockets)
     print_line(f"{__version__} on {where}, {workers}, Python {sys.version.split()[0]}")
 
 
-def format_address(sock: socket.socket) -> str:
-    name = sock.getsockname()
-    return f"http://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
+def format_address(sock: socket.socket, settings: Settings) -> str:
+    name, scheme = sock.getsockname(), "https" if settings.cert else "http"
+    return f"{scheme}://{join_port(*name[:2])}" if isinstance(name, tuple) else f"unix:{name}"
 
 
 def join_port(host: str, port: Union[int, str]) -> str:
@@ -6216,64 +6230,22 @@ def parse_address(address: str) -> Tuple[str, int]:
 def bind(address: str) -> socket.socket:
     """"host:port", "[::1]:port", ":port" (any host), "unix:/path" or "fd:3" (one that is inherited)
     -> a listening socket. Raises UsageError, StartError."""
-    if address.startswith("fd:"):
-        return companion("service").adopt(address)
-    path = address[5:] if address.startswith("unix:") else ""
-    name: Any = path or parse_address(address)
-    if path and not hasattr(socket, "AF_UNIX"):
-        raise UsageError(f"no unix sockets on this system: {address}")
-    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in name[0] else socket.AF_INET
+    if address.startswith(("fd:", "unix:")):
+        return companion("service").bind(address)
+    name = parse_address(address)
+    family = socket.AF_INET6 if ":" in name[0] else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if path:
-            bind_unix(sock, path)
-        else:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
-            option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
-            sock.setsockopt(socket.SOL_SOCKET, option, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(name)
+    try:  # on Windows SO_REUSEADDR lets others take the port, and its complement does not
+        option = ~socket.SO_REUSEADDR if os.name == "nt" else socket.SO_REUSEADDR
+        sock.setsockopt(socket.SOL_SOCKET, option, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(name)
         sock.listen(1024)
     except OSError as error:
         sock.close()
         raise StartError(f"cannot bind to {address}: {error.strerror or error}") from None
     return sock
-
-
-def bind_unix(sock: socket.socket, path: str) -> None:
-    """For its owner only (0600). A Unix socket that nobody listens on any more is replaced."""
-    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
-        try:
-            sock.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise OSError(errno.EADDRINUSE, "somebody listens there")
-    mask = os.umask(0o177)
-    try:
-        sock.bind(path)
-    finally:
-        os.umask(mask)
-    unix_sockets[path] = identity(path)
-
-
-def unlink_sockets() -> None:
-    """Remove the unix sockets that are still ours: another server may have taken the path."""
-    while unix_sockets:
-        path, made = unix_sockets.popitem()
-        try:
-            if made == identity(path):
-                os.unlink(path)
-        except OSError:
-            pass
-
-
-unix_sockets: Dict[str, tuple] = {}  # path -> its identity when it was bound
-
-
-def identity(path: str) -> tuple:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def start(load: Callable[[], Optional[Callable]], defaults: dict, flags: dict,
@@ -6355,10 +6327,10 @@ sys.meta_path.append(Finder())
 
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
-    "cross_origin": "cross_origin_protection", "events": "event_stream",
-    "ext": "PluginError install_as_bottle",
-    "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
-    "reloading": "", "resources": "ResourceManager", "service": "",
+    "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
+    "ext": "PluginError install_as_bottle", "gzip_middleware": "GzipMiddleware",
+    "jinja": "Jinja2Template jinja2_template jinja2_view", "proxies": "", "reloading": "",
+    "resources": "ResourceManager", "route_list": "", "service": "", "status": "", "tls": "",
     "testing": "Server TestClient",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
@@ -6497,15 +6469,17 @@ def make_parser() -> Any:
             parser.add_argument(flag, dest=name, action="store_true", default=None, help=meaning)
             parser.add_argument("--no-" + flag[2:], dest=name, action="store_false", default=None,
                                 help=f"the opposite; {flag} is the default")
-        elif isinstance(default, tuple):
-            parser.add_argument("-b", flag, dest=name, action="append", metavar="ADDRESS",
-                                help=f"{meaning} ({default[0]})")
         else:
-            parser.add_argument(flag, dest=name, metavar="N", help=f"{meaning} ({default})")
+            flags = ["-b", flag] if name == "bind" else [flag]
+            shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+            action = "append" if isinstance(default, tuple) else "store"
+            parser.add_argument(*flags, dest=name, action=action, metavar="VALUE",
+                                help=f"{meaning} ({shown or 'none'})")
     parser.add_argument("-s", "--server", metavar="NAME",
                         help="another server: wsgiref, or module:Class")
     parser.add_argument("--debug", action="store_true", help="show errors in the answers")
     parser.add_argument("--reload", action="store_true", help="start anew when a file changes")
+    parser.add_argument("--routes", action="store_true", help="print the routes, and end")
     return parser
 
 
@@ -6520,9 +6494,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
         flags = {name: vars(Settings(**flags))[name] for name in flags}
         debug(given["debug"])
+        load = partial(load_target, given["target"])
+        if given["routes"]:
+            return boot(companion("route_list").print_routes, load, is_target=True)
         if given["reload"]:
             companion("reloading").keep_reloading(1.0)
-        load = partial(load_target, given["target"])
         if given["server"]:
             app = load()
             if app is not None:

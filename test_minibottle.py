@@ -74,6 +74,7 @@ from wsgiref.validate import WSGIWarning, validator
 
 import minibottle
 import minibottle.client as fetching
+import minibottle.tls as tls_module
 import minibottle.websocket as ws_module
 from minibottle import (
     App, BadRequest, FileUpload, FormsDict, GzipMiddleware, Handler, HeaderDict, HTTPError,
@@ -1061,6 +1062,29 @@ def find_browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+@contextlib.contextmanager
+def nginx_in_front(behind, directives=""):
+    """The URL of an nginx that passes on to another server's."""
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        taken.close()
+        path = os.path.join(folder, "nginx.conf")
+        with open(path, "w") as file:
+            file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
+            for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
+                file.write("%s_temp_path %s/%s; " % (what, folder, what))
+            file.write("access_log off; %s server { listen 127.0.0.1:%d; location / { "
+                       "proxy_pass %s; } } }" % (directives, port, behind))
+        nginx = subprocess.Popen([NGINX, "-p", folder, "-c", path])
+        try:
+            wait_until(lambda: not is_refused("http://127.0.0.1:%d" % port))
+            yield "http://127.0.0.1:%d" % port
+        finally:
+            nginx.terminate()
+            nginx.wait(TIMEOUT)
+
+
+NGINX = shutil.which("nginx")
 CURL = shutil.which("curl")
 BROWSER = find_browser()
 
@@ -2986,9 +3010,8 @@ class ServedFileTest(StaticFiles, WireTest):
             sent.append(args)
             return real(*args)
         real = getattr(os, "sendfile", None) or self.skipTest("no sendfile here")
-        server = self.serve(self.site())
-        wire = self.connect(server)
         with mock.patch.object(os, "sendfile", sendfile):
+            wire = self.connect(self.serve(self.site()))
             for start in (7, 2999999):
                 answer = wire.send(get("/data.bin", "Range: bytes=%d-3000000" % start)).answer()
                 self.assertEqual((answer.status, answer.body), (206, self.DATA[start:3000001]))
@@ -6811,15 +6834,14 @@ class WsgiTest(WireTest):
                 self.assertEqual(self.fetch(self.serve(app), get()).status, 500)
                 self.assertTrue(log.next())
 
-    def test_without_a_stderr_wsgi_errors_goes_to_the_log(self):
+    def test_without_a_stderr_wsgi_errors_goes_nowhere(self):
         def app(environ, start_response):
             environ["wsgi.errors"].write("it broke\n")
+            self.addCleanup(environ["wsgi.errors"].close)
             return hello(environ, start_response)
-        log = self.listen_to_log()
         with mock.patch.object(sys, "stderr", None):
             server = self.serve(app)
         self.assertEqual(self.fetch(server, get()).status, 200)
-        self.assertIn("it broke", log.next())
 
     def test_close_is_called_exactly_once(self):
         for pieces, method in (([b"x"], "GET"), ([b"x"], "HEAD"), (break_off(), "GET"),
@@ -8832,12 +8854,14 @@ EXAMPLES = {        # module: expression that gives the WSGI application
     "plot": lambda module: module.app,
     "sessions": lambda module: module.app,
     "upload": lambda module: module.app,
+    "dashboard": lambda module: module.app,
 }
-LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
+LONGER = {"chat": 70, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
-VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 75, "ext": 75,
-            "gzip_middleware": 45, "jinja": 45, "reloading": 90, "resources": 50, "service": 65,
-            "testing": 390, "websocket": 940}
+VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "debugging": 270, "events": 75,
+            "ext": 75, "gzip_middleware": 45, "jinja": 45, "proxies": 180, "reloading": 90,
+            "resources": 45, "route_list": 70, "service": 110, "status": 195, "testing": 390,
+            "tls": 185, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -9215,9 +9239,9 @@ class BrowserTest(unittest.TestCase):
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
              "--no-proxy-server", "--disable-dev-shm-usage")
 
-    def dump_dom(self, app, *flags, path="/"):
+    def dump_dom(self, app, *flags, path="/", **settings):
         """What headless Chromium makes of a page, as text."""
-        with tempfile.TemporaryDirectory() as profile, Server(app, port=0) as server:
+        with tempfile.TemporaryDirectory() as profile, Server(app, port=0, **settings) as server:
             return subprocess.run(
                 [BROWSER, *self.FLAGS, *flags, "--user-data-dir=" + profile, "--dump-dom",
                  server.url + path],
@@ -9255,6 +9279,20 @@ class BrowserTest(unittest.TestCase):
             self.assertEqual((got["name"], got["query"], got["forms"], got["files"]),
                              (name, query, [["text", UNICODE]], files))
         self.assertEqual(download, [206, "bytes 65-69/4096", "ABCDE"])
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_draws_the_figures(self):
+        dom = self.dump_dom(load_example("dashboard"), "--virtual-time-budget=5000",
+                            path="/dashboard", status="/figures")
+        self.assertRegex(dom, r'<span>memory</span>.*\n?.*<polyline points="11\d,1')
+        self.assertIn(f"<td>{os.getpid()}</td>", dom)
+
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+    def test_chromium_shows_where_a_handler_has_failed(self):
+        with mock.patch.object(minibottle, "DEBUG", True), self.assertLogs("minibottle", "ERROR"):
+            dom = self.dump_dom(app_of(lambda: {}["<b>"]))
+        self.assertIn("<h1>KeyError: '&lt;b&gt;'</h1>", dom)
+        self.assertRegex(dom, "<details open=.*test_minibottle.py:")
 
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_chromium_shows_the_three_services(self):
@@ -9352,7 +9390,9 @@ class CompanionTest(unittest.TestCase):
 
     def test_the_error_names_the_file_that_is_missing(self):
         programs = {"client": "from minibottle import fetch", "events": "import minibottle.events",
-                    "websocket": "__import__('minibottle').App().websocket('/')"}
+                    "websocket": "__import__('minibottle').App().websocket('/')",
+                    "tls": "m = __import__('minibottle'); "
+                           "m.Worker(m.App(), [], m.Settings(cert='x'))"}
         status, said, _ = self.run_python(self.lay(), "-c", f"""if True:
             for file, program in {programs}.items():
                 try:
@@ -9416,10 +9456,12 @@ class CompanionTest(unittest.TestCase):
                 elif isinstance(node, ast.ImportFrom):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
-            ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
-            "functools hashlib http.client importlib importlib.util inspect io itertools json "
-            "logging os re select signal socket ssl subprocess sys threading time types typing "
-            "urllib.parse urllib.request weakref .websocket wsgiref.simple_server zlib").split()))
+            ". __future__ _thread asyncio atexit base64 binascii bisect codecs collections.abc "
+            "contextlib contextvars errno functools hashlib http.client importlib importlib.util "
+            "inspect io ipaddress itertools json linecache logging os .proxies re reprlib "
+            "resource select selectors signal socket ssl stat subprocess sys threading time "
+            "traceback types typing urllib.parse urllib.request weakref .websocket "
+            "wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
         for file in minibottle.COMPANIONS:
@@ -9719,6 +9761,1011 @@ class GzipMiddlewareTest(UnitTest):
                 raise exc_info[1]
         with self.assertRaises(ZeroDivisionError):
             list(self.run_middleware(app, start_response))
+
+
+def certificate():
+    """The files (certificate, key) of "localhost"."""
+    with certificate_lock:
+        return make_certificate()
+
+
+certificate_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=None)
+def make_certificate():
+    cert, key = (os.path.join(FOLDER, name) for name in ("localhost.crt", "localhost.key"))
+    try:
+        done = subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+             "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+             "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except FileNotFoundError:
+        raise unittest.SkipTest("no openssl, which makes certificates") from None
+    if done.returncode:
+        raise unittest.SkipTest("openssl makes no certificate: " + done.stdout.decode()[-200:])
+    return cert, key
+
+
+class TlsClientSocket(ssl.SSLSocket):
+    """A client's, which can do what a plain socket can: look at what has come, close one side."""
+
+    def recv(self, size=1024, flags=0):
+        return socket.socket.recv(self, size, flags) if flags else super().recv(size)
+
+    def shutdown(self, how):
+        socket.socket.shutdown(self, how)
+
+
+def trusting(**attributes):
+    """An SSLContext of a client that trusts certificate()."""
+    context = ssl.create_default_context(cafile=certificate()[0])
+    context.sslsocket_class = TlsClientSocket
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+class OverTls:
+    """Makes a Wire speak TLS."""
+
+    def __init__(self, port, receive_bytes=None, context=None, ragged=True):
+        """`ragged`: an end without a goodbye is an end too."""
+        super().__init__(port, receive_bytes)
+        self.file.close()
+        try:
+            self.sock = (context or trusting()).wrap_socket(
+                self.sock, server_hostname="localhost", suppress_ragged_eofs=ragged)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.file = self.sock.makefile("rb")
+
+
+class TlsWire(OverTls, Wire):
+    """A raw client over TLS."""
+
+
+class TlsTest(WireTest):
+
+    def serve(self, app, **settings):
+        return super().serve(app, **{**dict(zip(("cert", "key"), certificate())), **settings})
+
+    def connect(self, server, **options):
+        wire = TlsWire(server.port, **options)
+        self.addCleanup(wire.close)
+        return wire
+
+    def fetch(self, server, data, method="GET"):
+        return self.connect(server).send(data).answer(method)
+
+    def listen_to_log(self):
+        logger = logging.getLogger("minibottle")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.setLevel(logging.INFO)
+        return super().listen_to_log()
+
+    def wait_for_none(self, server):
+        self.assertTrue(wait_until(lambda: not server.worker.connections))
+
+
+class TlsServedTest(TlsTest):
+    """HTTP over TLS, both ways and of every size."""
+
+    SIZE = 20_000_000 if LONG else 5_000_000
+
+    def serve_all(self, **settings):
+        app = App()
+        data = os.urandom(1 << 16) * (self.SIZE >> 16)
+        path = os.path.join(FOLDER, "data.bin")
+        with open(path, "wb") as file:
+            file.write(data)
+        digest = hashlib.sha256(data).hexdigest()
+
+        @app.post("/digest")
+        def post_digest(request):
+            return hashlib.sha256(request.body.read()).hexdigest()
+
+        @app.post("/upload")
+        def upload(request):
+            return hashlib.sha256(request.files["f"].file.read()).hexdigest()
+
+        @app.post("/streamed", stream=True)
+        def streamed(request):
+            found = hashlib.sha256()
+            for piece in request.stream:
+                found.update(piece)
+            return found.hexdigest()
+
+        @app.get("/generator")
+        def generator():
+            for i in range(0, len(data), 100_000):
+                yield data[i:i + 100_000]
+
+        @app.get("/coroutine")
+        async def coroutine():
+            for i in range(0, len(data), 100_000):
+                yield data[i:i + 100_000]
+        app.get("/url", callback=lambda: request.url)
+        app.get("/bytes", callback=lambda: data)
+        app.get("/file", callback=lambda: static_file("data.bin", root=FOLDER))
+        return self.serve(app, **settings), data, digest
+
+    def test_requests_and_answers_of_every_kind_share_one_connection(self):
+        server, data, digest = self.serve_all(gzip=False)
+        self.assertEqual(server.url, f"https://127.0.0.1:{server.port}")
+        wire = self.connect(server)
+        answer = wire.send(get("/url")).answer()
+        self.assertEqual((answer.status, answer.body), (200, b"https://x/url"))
+        for path in ("/bytes", "/file", "/generator", "/coroutine"):
+            with self.subTest(path):
+                answer = wire.send(get(path)).answer()
+                self.assertEqual(hashlib.sha256(answer.body).hexdigest(), digest)
+        field = form(part("f", data, filename="f"))
+        kind = "Content-Type: multipart/form-data; boundary=" + BOUNDARY
+        for path, body in (("/digest", data), ("/streamed", data), ("/upload", field)):
+            with self.subTest(path):
+                wire.send(post(kind, f"Content-Length: {len(body)}", path=path), body)
+                answer = wire.answer()
+                self.assertEqual(answer.body.decode(), digest)
+        self.assertEqual(wire.send(get("/url"), get("/url")).answer().body, b"https://x/url")
+        self.assertEqual(wire.answer().body, b"https://x/url")
+        self.assertEqual(len(server.worker.connections), 1)
+
+    def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up(self):
+        server, data, digest = self.serve_all(gzip=False, max_threads=1)
+        slow = [self.connect(server, receive_bytes=4096).send(get(path))
+                for path in ("/bytes", "/file", "/coroutine")]
+        for wire in slow:
+            self.assertTrue(wire.sock.recv(1, socket.MSG_PEEK))
+        self.assertEqual(self.fetch(server, get("/url")).status, 200)
+        for wire in slow:
+            self.assertEqual(hashlib.sha256(wire.answer().body).hexdigest(), digest)
+
+    def test_both_directions_at_once_on_two_threads(self):
+        """OpenSSL's objects are for one thread at a time."""
+        data = os.urandom(1 << 20) * 4
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(1)
+            listener = tls_module.Listener(listening, tls_module.make_context(
+                *certificate()))
+            wire = POOL.submit(TlsWire, listening.getsockname()[1])
+            sock = listener.accept()[0]
+            sock.settimeout(TIMEOUT)
+            first = POOL.submit(sock.recv, 65536)  # which does the handshake
+        wire.result().send(b"x")
+        self.assertEqual(first.result(), b"x")
+
+        def receive():
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+        def send():
+            view = memoryview(data)
+            while view:
+                view = view[sock.send(view):]
+        with contextlib.closing(wire.result()) as client, sock:
+            received, sent = POOL.submit(receive), POOL.submit(send)
+            reader = POOL.submit(client.exactly, len(data))
+            client.send(data)
+            self.assertEqual(reader.result(TIMEOUT), data)
+            sent.result(TIMEOUT)
+            client.sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(received.result(TIMEOUT), data)
+
+    def test_the_end_of_an_answer_without_a_length_is_told_from_a_cut(self):
+        """RFC 8446 6.1: close_notify."""
+        def app(environ, start_response):
+            start_response("200 OK", [TEXT])
+            yield b"some"
+            if environ["PATH_INFO"] == "/cut":
+                raise ConnectionError
+        server = self.serve(app)
+
+        def ask(path):
+            wire = self.connect(server, ragged=False)
+            return wire.send(get(path, version="HTTP/1.0")).answer().body
+        self.assertEqual(ask("/"), b"some")
+        with self.assertRaises(OSError):
+            ask("/cut")
+
+    def test_a_refused_upload_gets_its_answer(self):
+        server = self.serve(hello, max_body=1000)
+        wire = self.connect(server).send(post("Content-Length: 1000000", body=bytes(100_000)))
+        self.assertEqual(wire.answer().status, 413)
+
+    def test_an_event_stream_ends_when_its_reader_says_goodbye(self):
+        """The alert comes before the end of the connection, which is not seen behind it."""
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            for kind in ("function", "coroutine"):
+                ended = threading.Event()
+
+                def function():
+                    try:
+                        while True:
+                            yield b"data: 1\n\n"
+                            time.sleep(0.01)
+                    finally:
+                        ended.set()
+
+                async def coroutine():
+                    try:
+                        while True:
+                            yield b"data: 1\n\n"
+                            await asyncio.sleep(0.01)
+                    finally:
+                        ended.set()
+
+                def events():
+                    response.content_type = "text/event-stream"
+                    return function() if kind == "function" else coroutine()
+                context = trusting(maximum_version=version)
+                wire = TlsWire(self.serve(app_of(events)).port, context=context).send(get())
+                wire.head()
+                wire.sock.setblocking(False)
+                with self.subTest(version=version, kind=kind), contextlib.closing(wire):
+                    with contextlib.suppress(OSError):
+                        wire.sock.unwrap()
+                    self.assertTrue(ended.wait(5 * SLOW))
+
+    def test_clients_that_go_in_the_middle_leave_nothing(self):
+        server = self.serve_all()[0]
+        with self.assertNoLogs():
+            for data in (b"", b"GET /", get("/bytes"), get("/generator"), get("/coroutine"),
+                         get("/file"), post("Content-Length: 99", body=b"x", path="/digest")):
+                for leave in (Wire.reset, Wire.close):
+                    wire = self.connect(server, receive_bytes=4096).send(data)
+                    leave(wire)
+            self.wait_for_none(server)
+
+    @contextlib.contextmanager
+    def assertNoLogs(self):
+        with self.assertLogs("minibottle", "WARNING") as logs:
+            logging.getLogger("minibottle").warning("nothing")
+            yield
+        self.assertEqual(len(logs.output), 1, logs.output)
+
+    def test_a_websocket_goes_over_it(self):
+        async def conversation(path):
+            async with connect_websocket(f"wss://localhost:{server.port}/{path}",
+                                         tls=trusting()) as ws:
+                for message in ("ä" * 9000, b"", bytes(3_000_000), os.urandom(1_000_000), "hello"):
+                    await ws.send(message)
+                    self.assertEqual(await ws.receive(), message)
+            self.assertEqual(ws.code, 1000)
+
+        async def echo(ws):
+            async for message in ws:
+                await ws.send(message)
+
+        def blocking(ws):
+            for message in ws:
+                ws.send(message)
+        app = App()
+        app.websocket("/echo")(echo)
+        app.websocket("/blocking")(blocking)
+        server = self.serve(app)
+        for path in ("echo", "blocking"):
+            asyncio.run(asyncio.wait_for(conversation(path), TIMEOUT))
+        self.wait_for_none(server)
+
+
+class TlsHandshakeTest(TlsTest):
+
+    def test_http_1_1_over_tls_1_2_and_newer_is_what_it_speaks(self):
+        server = self.serve(hello)
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            context = trusting(minimum_version=version, maximum_version=version)
+            context.set_alpn_protocols(["h2", "http/1.1"])
+            with contextlib.closing(TlsWire(server.port, context=context)) as wire:
+                self.assertEqual(wire.send(get()).answer().status, 200)
+                self.assertEqual((wire.sock.version(), wire.sock.selected_alpn_protocol()),
+                                 (str(version.name).replace("_", "."), "http/1.1"))
+
+    def test_what_is_older_is_refused(self):
+        log = self.listen_to_log()
+        context = trusting()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.set_ciphers("DEFAULT:@SECLEVEL=0")
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+        with self.assertRaises(OSError):
+            TlsWire(self.serve(hello).port, context=context)
+        self.assertRegex(log.next(), "^127.0.0.1: TLS failed: .*(?i:version|protocol)")
+
+    def test_what_is_no_tls_is_closed_at_once_with_one_line(self):
+        log = self.listen_to_log()
+        server = self.serve(hello)
+        for data in (get(), b"\0" * 600, b"\x16\x03\x01\x00\x05hello", b"SSH-2.0-x\r\n" * 10):
+            with self.subTest(data), connect(server.url) as sock:
+                then = time.monotonic()
+                sock.sendall(data)
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertNotIn(b"HTTP", read_all(sock))
+                self.assertLess(time.monotonic() - then, 1 * SLOW)
+                self.assertRegex(log.next(), r"^127.0.0.1: TLS failed: [^\n]*$")
+        self.wait_for_none(server)
+        self.assertTrue(log.queue.empty())
+        self.assertEqual(self.fetch(server, get()).status, 200)
+
+    def test_who_looks_whether_the_port_is_open_is_no_line(self):
+        log = self.listen_to_log()
+        server = self.serve(hello)
+        for data in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            for leave in (socket.socket.close, reset):
+                sock = connect(server.url)
+                sock.sendall(data)
+                leave(sock)
+        self.wait_for_none(server)
+        self.assertTrue(log.queue.empty())
+
+    def test_a_certificate_that_cannot_be_used_is_named(self):
+        cert, key = certificate()
+        other = os.path.join(FOLDER, "other.key")
+        subprocess.run(["openssl", "ec", "-in", key, "-out", other, "-aes128", "-passout",
+                        "pass:secret"], check=True, stderr=subprocess.DEVNULL)
+        for files, text in (
+                ({"cert": "nowhere.pem"}, "nowhere.pem .*No such file"),
+                ({"cert": cert, "key": "nowhere.key"}, "nowhere.key .*No such file"),
+                ({"cert": FOLDER, "key": key}, "Is a directory"),
+                ({"cert": key, "key": key}, "localhost.key"), ({"cert": cert, "key": cert}, "crt"),
+                ({"cert": cert, "key": other}, "other.key")):
+            with self.subTest(files), self.assertRaisesRegex(minibottle.StartError, text), \
+                    minibottle.bind("127.0.0.1:0") as sock:
+                tls_module.make_context(**{"key": "", **files})
+                minibottle.Worker(hello, [sock], Settings(**files))
+
+        with self.assertRaisesRegex(UsageError, "setting key.* cert"):
+            Settings(key=key)
+
+    def test_one_file_may_hold_both(self):
+        both = os.path.join(FOLDER, "both.pem")
+        with open(both, "w") as file:
+            for path in certificate():
+                with open(path) as one:
+                    file.write(one.read())
+        self.assertEqual(self.fetch(self.serve(hello, cert=both, key=""), get()).status, 200)
+
+    def test_the_settings_may_name_a_context_or_what_makes_one(self):
+        context = tls_module.make_context(*certificate())
+        context.load_verify_locations(certificate()[0])
+        context.verify_mode = ssl.CERT_REQUIRED
+        own = types.SimpleNamespace(context=context, make=lambda: context)
+        log, ours = self.listen_to_log(), trusting()
+        ours.load_cert_chain(*certificate())
+        with mock.patch.dict(sys.modules, own=own):
+            for name in ("own:context", "own:make"):
+                server = self.serve(hello, cert=name, key="")
+                with contextlib.closing(TlsWire(server.port, context=ours)) as wire:
+                    self.assertEqual(wire.send(get()).answer().status, 200)
+                with self.assertRaises(OSError):
+                    self.fetch(server, get())
+                self.assertIn("certificate", log.next().lower())
+            own.make = trusting  # a client's
+            with self.assertRaisesRegex(minibottle.StartError, "own:make .* client"):
+                tls_module.make_context("own:make", "")
+
+    def test_a_unix_socket_may_speak_it(self):
+        with minibottle.bind("unix:" + os.path.join(FOLDER, "tls.sock")) as sock:
+            worker = minibottle.Worker(hello, [sock], Settings(
+                workers="0", cert=certificate()[0], key=certificate()[1]))
+            thread = threading.Thread(target=worker.monitor)
+            thread.start()
+            try:
+                with socket.socket(socket.AF_UNIX) as plain:
+                    plain.settimeout(TIMEOUT)
+                    plain.connect(os.path.join(FOLDER, "tls.sock"))
+                    with trusting().wrap_socket(plain, server_hostname="localhost") as client:
+                        client.sendall(get("/", "Connection: close"))
+                        self.assertTrue(read_all(client).startswith(b"HTTP/1.1 200 "))
+            finally:
+                worker.stop()
+                thread.join()
+
+
+class TlsEndOfWaitTest(PooledTest, TlsTest):
+    """Every wait for a client ends; these tests only wait."""
+
+    def test_who_never_says_hello_delays_nobody_and_is_closed_at_the_deadline(self):
+        server = self.serve(hello, header_timeout=0.3)
+        then = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(connect(server.url)) for _ in range(40)]
+            for sock in silent[::2]:  # the head of a record, and then no more
+                sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+            began = time.monotonic()
+            self.assertEqual(self.fetch(server, get()).status, 200)
+            self.assertLess(time.monotonic() - began, (0.3 if LONG else 1) * SLOW)
+            for sock in silent:
+                self.assertEqual(read_all(sock), b"")
+        self.assertTrue(0.2 < time.monotonic() - then < 0.3 + SLOW)
+
+    def test_half_a_request_after_a_handshake_has_its_deadline_too(self):
+        wire = self.connect(self.serve(hello, header_timeout=0.1)).send(b"GET ")
+        self.assertEqual(wire.answer().status, 408)
+
+    def test_a_body_that_comes_too_slowly_is_a_408_where_it_is_streamed_too(self):
+        app = app_of(lambda: request.body.read(), method="POST", stream=True)
+        server = self.serve(app, body_timeout=0.1)
+        wire = self.connect(server).send(post("Content-Length: 9", body=b"x"))
+        self.assertEqual(wire.answer().status, 408)
+
+@unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
+class CommandTlsTest(PooledTest):
+
+    def test_it_starts_with_https_and_connections_leave_little_behind(self):
+        cert, key = certificate()
+        with serve("shop:app", "--cert", cert, "--key", key) as server:
+            self.assertRegex(server.url, "^https://127.0.0.1:")
+            port, context = int(server.url.rpartition(":")[2]), trusting()
+
+            def visit(count):
+                for _ in range(count):
+                    with contextlib.closing(TlsWire(port, context=context)) as wire:
+                        self.assertEqual(wire.send(get()).answer().body, b"Hello World!")
+            visit(50)
+            worker, = server.children()
+            before = memory(worker)
+            visit(2000 if LONG else 150)
+            self.assertLess(memory(worker) - before, (3 if LONG else 2) << 20)
+            self.assertEqual(server.stop(), 0)
+
+    def test_what_cannot_start_is_one_line(self):
+        cert, key = certificate()
+        rows = [(["shop:app", "--bind", "127.0.0.1:0", "--workers", n, *args], status, text)
+                for n in "01" for args, status, text in (
+                    (["--cert", "nowhere.pem"], 1, "cannot use nowhere.pem for TLS: No such file"),
+                    (["--cert", cert, "--key", "shop.py"], 1, r"cannot use .*shop\.py for TLS"),
+                    (["--key", key], 2, "setting key: without cert"))]
+        results = finish_each([row[0] for row in rows])
+        for (args, status, text), (found, out, err) in zip(rows, results):
+            with self.subTest(args):
+                self.assertEqual((found, out, err.count("\n")), (status, "", 1), err)
+                self.assertRegex(err, "^minibottle: .*" + text)
+
+
+PROXIED = (  # (peer, headers, what they make of REMOTE_ADDR, REMOTE_PORT, URL, SERVER_PORT)
+    # who is believed
+    ("9.9.9.9", {"For": "1.1.1.1", "Proto": "https", "Host": "evil"}, "9.9.9.9 7 http://a/ 8080"),
+    ("", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("10.0.0.10", {"For": "1.1.1.1"}, "10.0.0.10 7 http://a/ 8080"),
+    ("127.0.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("10.1.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("::ffff:10.1.0.1", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("fe80::1%eth0", {"For": "1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {}, "127.0.0.1 7 http://a/ 8080"),
+    # the client is the right-most whom nobody vouches for
+    ("127.0.0.1", {"For": "6.6.6.6, 1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "6.6.6.6, 1.1.1.1,10.1.2.3 ,\t10.1.0.1"}, "1.1.1.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "10.1.0.1, 10.1.0.2"}, "10.1.0.1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "6.6.6.6, rubbish, 10.1.0.2"}, "10.1.0.2  http://a/ 8080"),
+    # how an address may look
+    ("127.0.0.1", {"For": "1.1.1.1:80"}, "1.1.1.1 80 http://a/ 8080"),
+    ("127.0.0.1", {"For": "2001:DB8::1"}, "2001:db8::1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "[2001:db8::1]"}, "2001:db8::1  http://a/ 8080"),
+    ("127.0.0.1", {"For": "[2001:db8::1]:80"}, "2001:db8::1 80 http://a/ 8080"),
+    ("127.0.0.1", {"For": "::ffff:1.1.1.1"}, "1.1.1.1  http://a/ 8080"),
+    *(("127.0.0.1", {"For": hop}, "127.0.0.1 7 http://a/ 8080") for hop in (
+        "", ",", "unknown", "_hidden", "localhost", "1.1.1", "1.1.1.1.1", "1.1.1.256", "1.1.1.1:",
+        "1.1.1.1:x", "1.1.1.1:123456", "[1.1.1.1", "::1]", "fe80::1%<b>", "1", "\xb2.1.1.1",
+        "1.1.1.1" + " " * 60 + "1", "6.6.6.6, unknown", "6.6.6.6,")),
+    # the URL
+    ("127.0.0.1", {"Proto": "https"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Proto": "WSS"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Proto": "http"}, "127.0.0.1 7 http://a/ 80"),
+    ("127.0.0.1", {"Proto": "https, http"}, "127.0.0.1 7 http://a/ 80"),
+    ("127.0.0.1", {"Proto": "gopher"}, "127.0.0.1 7 http://a/ 8080"),
+    ("127.0.0.1", {"Host": "b.example"}, "127.0.0.1 7 http://b.example/ 80"),
+    ("127.0.0.1", {"Host": "evil, b:81"}, "127.0.0.1 7 http://b:81/ 81"),
+    ("127.0.0.1", {"Host": "[::1]:81"}, "127.0.0.1 7 http://[::1]:81/ 81"),
+    *(("127.0.0.1", {"Host": host}, "127.0.0.1 7 http://a/ 8080") for host in (
+        "", "a/b", "a@b", ":80", "a b", "a:b", "\xe4")),
+    ("127.0.0.1", {"Port": "81"}, "127.0.0.1 7 http://a:81/ 81"),
+    ("127.0.0.1", {"Port": "443", "Proto": "https"}, "127.0.0.1 7 https://a/ 443"),
+    ("127.0.0.1", {"Port": "444", "Host": "[::1]"}, "127.0.0.1 7 http://[::1]:444/ 444"),
+    ("127.0.0.1", {"Port": "81", "Host": "b:82"}, "127.0.0.1 7 http://b:82/ 82"),
+    *(("127.0.0.1", {"Port": port}, "127.0.0.1 7 http://a/ 8080") for port in (
+        "", "0", "65536", "+5", "8_0", "\xb2", "http", "81,")),
+    ("127.0.0.1", {"For": "1.1.1.1", "Proto": "https", "Host": "b", "Port": "444"},
+     "1.1.1.1  https://b:444/ 444"),
+)
+
+
+class ProxiesTest(WireTest):
+    """X-Forwarded-* of proxies that are trusted, and of nobody else."""
+
+    TRUSTED = ("unix", "127.0.0.1", "10.1.0.0/16", "fe80::/10", "10.0.0.8/31")
+
+    def see(self, trusted, environ):
+        """The environ that reaches the application."""
+        from minibottle.proxies import forwarding
+        return forwarding(trusted, lambda seen: seen)(environ)
+
+    def test_what_they_say_is_in_the_environ(self):
+        for peer, headers, expected in PROXIED:
+            environ = environ_of(HTTP_HOST="a", SERVER_PORT="8080", REMOTE_ADDR=peer,
+                                 REMOTE_PORT="7", **{"wsgi.url_scheme": "http"},
+                                 **{"HTTP_X_FORWARDED_" + name.upper(): value
+                                    for name, value in headers.items()})
+            with self.subTest(peer=peer, headers=headers):
+                seen = self.see(self.TRUSTED, environ)
+                got = [seen["REMOTE_ADDR"], seen["REMOTE_PORT"], Request(seen).url]
+                self.assertEqual(" ".join([*got, seen["SERVER_PORT"]]), expected)
+
+    def test_a_request_without_a_host_gets_the_port_alone(self):
+        environ = environ_of(REMOTE_ADDR="", SERVER_NAME="n", SERVER_PORT="1",
+                             HTTP_X_FORWARDED_PORT="81", **{"wsgi.url_scheme": "http"})
+        seen = self.see(["unix"], environ)
+        self.assertEqual((Request(seen).url, "HTTP_HOST" in seen), ("http://n:81/", False))
+
+    def test_other_fields_mean_nothing(self):
+        environ = environ_of(REMOTE_ADDR="127.0.0.1", HTTP_FORWARDED="for=1.1.1.1;host=evil",
+                             HTTP_X_REAL_IP="1.1.1.1", HTTP_X_FORWARDED_PREFIX="/evil",
+                             **{"wsgi.url_scheme": "http"})
+        self.assertEqual(self.see(["127.0.0.1"], dict(environ)), environ)
+
+    def test_a_long_list_of_hops_takes_linear_time(self):
+        hops = ", ".join("10.1.%d.%d" % (i >> 8, i & 255) for i in range(3000))
+        began = time.process_time()
+        seen = self.see(["127.0.0.1", "10.0.0.0/8"], environ_of(
+            REMOTE_ADDR="127.0.0.1", HTTP_X_FORWARDED_FOR="6.6.6.6, rubbish, " + hops))
+        self.assertEqual(seen["REMOTE_ADDR"], "10.1.0.0")
+        self.assertLess(time.process_time() - began, 0.5 * SLOW)
+
+    def test_the_application_its_urls_and_its_websockets_see_the_client(self):
+        app = app_of(lambda: f"{request.remote_addr} {request.url}")
+        app.websocket("/ws")(lambda ws: None)
+        forwarded = {"X-Forwarded-For": "1.1.1.1", "X-Forwarded-Proto": "https",
+                     "X-Forwarded-Host": "shop.example"}
+        upgrade = {**forwarded, "Connection": "Upgrade", "Upgrade": "websocket",
+                   "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        for trusted, client, url, statuses in (
+                ((), "127.0.0.1", None, [403, 101]),
+                (("127.0.0.1",), "1.1.1.1", "https://shop.example/", [101, 403])):
+            server = self.serve(app, trusted_proxies=trusted)
+            with self.subTest(trusted=trusted), self.assertLogs("minibottle.access") as logs:
+                self.assertEqual(fetch(server.url, headers=forwarded)[2].decode(),
+                                 f"{client} {url or server.url + '/'}")
+                self.assertTrue(wait_until(lambda: logs.records))
+                self.assertEqual((logs.records[0].client, logs.records[0].peer),
+                                 (client, "127.0.0.1"))
+                for origin, status in zip(("https://shop.example", server.url), statuses):
+                    self.assertEqual(fetch(server.url, "/ws", headers={
+                        **upgrade, "Origin": origin})[0], status)
+
+    def test_a_body_that_is_too_large_is_refused_by_the_server_and_by_an_app(self):
+        def wsgi(environ, start_response):
+            saw.append(environ)
+        saw, app = [], app_of(lambda: "", method="POST")
+        app.error(413)(lambda error: "my page for " + request.remote_addr)
+        for served, expected in ((wsgi, b"max_body"), (app, b"my page for 1.1.1.1")):
+            server = self.serve(served, trusted_proxies="127.0.0.1", max_body=5)
+            status, _, body = fetch(server.url, "/", "POST", b"123456",
+                                    {"X-Forwarded-For": "1.1.1.1"})
+            self.assertEqual((status, expected in body), (413, True), body)
+        self.assertEqual(saw, [])
+
+    def test_what_is_no_address_is_named_at_the_start(self):
+        for bad in ("nonsense", "10.0.0.1/8", "10.0.0.0/33", "*", "", "localhost", "unix:/a"):
+            with self.subTest(bad=bad), self.assertRaisesRegex(
+                    UsageError, "trusted_proxies: .*" + re.escape(repr(bad).strip("'"))):
+                self.see([bad], {})
+        self.assertEqual(Settings(trusted_proxies=()).trusted_proxies, ())
+
+    @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+    def test_nginx_in_front_says_who_the_client_is(self):
+        app = app_of(lambda: f"{request.remote_addr} {request.url}")
+        server = self.serve(app, trusted_proxies="127.0.0.2")
+        fields = "".join("proxy_set_header X-Forwarded-%s; " % field for field in (
+            "For $proxy_add_x_forwarded_for", "Proto $scheme", "Host $http_host", 'Port ""'))
+        said = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil",
+                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https"}
+        with nginx_in_front(server.url, "proxy_bind 127.0.0.2; " + fields) as url:
+            self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {url}/")
+        with nginx_in_front(server.url, fields) as url:  # from an address that is not trusted
+            self.assertEqual(fetch(url, headers=said)[2].decode(), f"127.0.0.1 {server.url}/")
+
+
+class Account:
+    """Its repr() tells what it should not."""
+
+    def __init__(self, password):
+        self.password = password
+
+    def __repr__(self):
+        return "Account(name='Łukasz', password=%r, url='db://me:%s@host/')" % (
+            self.password, self.password)
+
+
+class Mute:
+    def __repr__(self):
+        raise ValueError
+
+
+class DebugPageTest(UnitTest):
+    """The page of an error in debug mode: for who sits at this machine, and no more than a page."""
+
+    HIDE = "hunter" + "2"  # so that it is in no line of source
+
+    def broken(self):
+        """A handler."""
+        account, mute, token = Account(self.HIDE), Mute(), self.HIDE
+        config = {"api_key": self.HIDE, b"cookie": [self.HIDE], "plain": {"a": "<i>"}}
+        many, html, data = list(range(10000)), "<script>" * 10000, bytes(10000)
+        try:
+            {}["<b>"]
+        except KeyError:
+            raise ValueError(  # noqa: B904
+                "<b>bold</b>", len((account, mute, token, config, many, html, data)))
+
+    def ask(self, app, accept="text/html,*/*;q=0.8", path="/", environ=()):
+        def asked(given, start_response):
+            return app({**given, **dict(environ)}, start_response)
+        with mock.patch.object(minibottle, "DEBUG", True), self.assertLogs("minibottle", "ERROR"):
+            return ask(asked, path, headers={"Accept": accept, "Cookie": "a=" + self.HIDE})
+
+    def test_it_shows_the_request_the_chain_the_source_and_the_variables(self):
+        app = App()
+        app.get("/a/<name>", callback=lambda name: self.broken())
+        answer = self.ask(app, path="/a/<i>?q=<s>")
+        text = html.unescape(answer.text)
+        for shown in ("ValueError: ('<b>bold</b>', 7)", "It was raised while this was handled:",
+                      "KeyError: '<b>'", "GET http://", "{}[\"<b>\"]", "'name': '<i>'",
+                      "{'api_key': ***, b'cookie': ***, 'plain': {'a': '<i>'}}",
+                      "Account(name='Łukasz', password=***, url='db://me:***@host/')",
+                      "<Mute, whose repr() raises ValueError>", "<th>token</th><td>***</td>",
+                      "<th>Cookie</th><td>***</td>", "[0, 1, 2, 3, 4,"):
+            self.assertIn(shown, text)
+        line = self.broken.__func__.__code__.co_firstlineno + 8
+        self.assertIn("<mark>%5d             raise ValueError(" % line, answer.text)
+        self.assertIn("<span>%5d " % (line - 5), answer.text)
+        self.assertNotIn("<span>%5d " % (line - 6), answer.text.partition("<h2>")[0])
+        self.assertNotIn(self.HIDE, text)
+        self.assertLess(len(answer.text), 50000)
+
+    def test_what_a_client_or_the_code_says_is_text_there(self):
+        app = App()
+        app.get("/a/<name>", callback=lambda name: self.broken())
+        answer = self.ask(app, path="/a/<i>?q=<s>")
+        tags = re.findall(r"<(\w+)([^>]*)>", answer.text)
+        self.assertEqual({name for name, _ in tags}, set(
+            "html head meta title style body h1 p details summary b pre span mark table tr th td "
+            "h2 br".split()))
+        self.assertEqual({attributes for _, attributes in tags}, {
+            "", " open", ' lang="en"', ' charset="utf-8"',
+            ' name="viewport" content="width=device-width"'})
+        self.assertNotIn("url(", answer.text.partition("</style>")[0])
+        self.assertEqual(answer.headers["Content-Security-Policy"],
+                         "default-src 'none'; style-src 'unsafe-inline'")
+        self.assertEqual(answer.headers["Cache-Control"], "no-store")
+
+    def test_a_program_gets_the_traceback_as_text(self):
+        for accept, expected in (
+                ("application/json", "text/plain; charset=UTF-8"),
+                ("application/problem+json, */*", "text/plain; charset=UTF-8"),
+                ("*/*", "text/html; charset=UTF-8"), ("", "text/html; charset=UTF-8")):
+            with self.subTest(accept=accept):
+                answer = self.ask(app_of(self.broken), accept)
+                self.assertEqual(answer.headers["Content-Type"], expected)
+                self.assertIn("raise ValueError(", answer.text)
+                self.assertNotIn("<table>", answer.text)
+
+    def test_a_recursion_without_end_is_cut_in_the_middle(self):
+        def deep(n=0):
+            return deep(n + 1)
+        answer = self.ask(app_of(lambda: deep()))
+        self.assertEqual(answer.text.count("<details"), 30)
+        self.assertRegex(answer.text, r"… \d+ frames …")
+
+    def test_it_is_for_this_machine_alone(self):
+        app = app_of(self.broken)
+        for environ, shown in (
+                ({}, True), ({"REMOTE_ADDR": "::1", "SERVER_NAME": "::1"}, True),
+                ({"HTTP_HOST": "LOCALHOST:80"}, True), ({"HTTP_HOST": "[::1]:80"}, True),
+                ({"REMOTE_ADDR": "1.1.1.1"}, False), ({"REMOTE_ADDR": ""}, False),
+                ({"HTTP_HOST": "rebound.example"}, False), ({"HTTP_HOST": "127.0.0.1.evil"}, False),
+                ({"HTTP_X_FORWARDED_FOR": "127.0.0.1"}, False), ({"HTTP_FORWARDED": "x"}, False),
+                ({"HTTP_X_FORWARDED_FOR": "127.0.0.1", "minibottle.peer": ""}, True),
+                ({"SERVER_PROTOCOL": "HTTP/1.0"}, False),
+                ({"SERVER_NAME": "0.0.0.0"}, False), ({"SERVER_NAME": "10.0.0.1"}, False)):
+            with self.subTest(environ=environ), mock.patch.object(minibottle, "noted", set()):
+                answer = self.ask(app, environ=environ)
+                self.assertEqual("<table>" in answer.text, shown)
+                self.assertIn("raise ValueError", answer.text)
+
+    def test_without_debug_or_without_its_file_there_is_none(self):
+        with self.assertLogged():
+            answer = ask(app_of(self.broken), headers={"Accept": "text/html"})
+        self.assertNotIn("ValueError", answer.text)
+        with mock.patch.dict(sys.modules, {"minibottle.debugging": None}):
+            answer = self.ask(app_of(self.broken))
+        self.assertIn("raise ValueError", answer.text)
+        self.assertNotIn("<table>", answer.text)
+
+    def test_text_without_end_takes_linear_time(self):
+        from minibottle.debugging import hide_secrets
+        for text in ("key" * 10 ** 6, "key='" * 10 ** 6, "key  " * 10 ** 6, "://a:" * 10 ** 6,
+                     "key=" + "\\'" * 10 ** 6):
+            self.assertQuick(hide_secrets, text)
+
+
+class RouteListTest(PooledTest):
+    """--routes"""
+
+    PROGRAM = textwrap.dedent("""\
+        import functools
+        from minibottle import App, Handler, run
+
+        def decorated(func):
+            def wrapper(*args, **more):
+                return func(*args, **more)
+            return functools.update_wrapper(wrapper, func)
+
+        app, blog, post = App(), App(), App()
+
+        @app.get("/hello/<name>", name="greet")
+        @decorated
+        def hello(name): pass
+
+        class Note(Handler):
+            def get(self): pass
+            async def put(self): pass
+
+        app.route("/note", callback=Note)
+        app.route("/any", "ANY", functools.partial(hello, "me"))
+        app.get("/len", callback=len)
+
+        @app.websocket("/chat/<room>")
+        async def chat(ws, room): pass
+
+        @blog.post("/new")
+        def new(): pass
+
+        @post.get("/<id:int>")
+        def show(id): pass
+
+        def wsgi(environ, start_response): pass
+
+        blog.mount("/post/", post)
+        app.mount("/blog", blog)
+        app.mount("/old/<year>", wsgi)
+
+        def main():
+            run(app, workers=2, bind="127.0.0.1:1")
+
+        def count(): pass
+        """)
+    ROUTES = [
+        "GET   /hello/<name>         greet               listed.py:11",
+        "GET   /note                 listed:Note.get     listed.py:16",
+        "PUT   /note                 listed:Note.put     listed.py:17",
+        "ANY   /any                  listed:hello        listed.py:11",
+        "GET   /len                  builtins:len",
+        "WS    /chat/<room>          listed:chat         listed.py:23",
+        "POST  /blog/new             listed:new          listed.py:26",
+        "GET   /blog/post/<id:int>   listed:show         listed.py:29",
+        "*     /old/<year>/          listed:wsgi         listed.py:32"]
+
+    def run_it(self, *args):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "listed.py"), "w") as file:
+                file.write(self.PROGRAM)
+            done = subprocess.run(
+                [sys.executable, FILE, *args], cwd=folder, env=make_environment(PYTHONPATH=""),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT,
+                universal_newlines=True)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_each_is_printed_with_where_its_handler_is_and_nothing_is_served(self):
+        for target in ("listed:app", "listed:main"):
+            status, out, err = self.run_it(target, "--routes", "--reload")
+            self.assertEqual((status, err), (0, ""))
+            self.assertEqual([re.sub(" +", " ", line) for line in out.splitlines()],
+                             [re.sub(" +", " ", line) for line in self.ROUTES])
+            self.assertEqual(len({line.find("listed.py:") for line in out.splitlines()
+                                  if "listed.py:" in line}), 1, "columns")
+
+    def test_what_has_no_routes_is_a_line_and_exit_status_2(self):
+        for target, said in (("listed:wsgi", "listed:wsgi is no App"),
+                             ("listed:nothing", "no 'nothing' in listed")):
+            status, out, err = self.run_it(target, "--routes")
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(said, err)
+
+    def test_an_application_without_routes_has_an_empty_list(self):
+        from minibottle.route_list import iter_routes, print_routes
+        self.assertEqual(list(iter_routes(App())), [])
+        print_routes(App(), {})
+
+
+class StatusTest(WireTest):
+    """The setting `status`: the server's figures, for this machine."""
+
+    def ask(self, url, path="/status", **options):
+        status, headers, body = fetch(url, path, **options)
+        self.assertEqual(headers["Content-Type"], "application/json")
+        return status, json.loads(body)
+
+    def figures(self, url):
+        return self.ask(url)[1]
+
+    def grown(self, before, after):
+        """The counts that have changed."""
+        rows = {**before, **before["responses"]}, {**after, **after["responses"]}
+        return {name: rows[1][name] - number for name, number in rows[0].items()
+                if type(number) is int and rows[1][name] != number}
+
+    def test_requests_are_counted_by_their_answers(self):
+        app = app_of(lambda: "hello")
+        app.get("/broken", callback=lambda: 1 // 0)
+        app.get("/odd", callback=lambda: HTTPResponse("", "999 Odd"))
+        app.get("/away", callback=lambda: redirect("/"))
+        server = self.serve(app, status="/status")
+        before = self.figures(server.url)
+        with self.assertLogs("minibottle", "ERROR"):
+            for path in ("/", "/", "/no", "/broken", "/away", "/odd"):
+                fetch(server.url, path)
+        self.assertEqual(self.connect(server).send(b"nonsense\r\n\r\n").answer().status, 400)
+        expected = {"requests": 8, "2xx": 3, "3xx": 1, "4xx": 2, "5xx": 2}  # with its own first
+        self.assertTrue(wait_until(lambda: self.figures(server.url)["requests"]
+                                   - before["requests"] >= 8))
+        after = self.figures(server.url)
+        extra = after["requests"] - before["requests"] - 8                  # of those who waited
+        expected["requests"] += extra
+        expected["2xx"] += extra
+        grown = self.grown(before, after)
+        self.assertGreater(grown.pop("bytes"), 10)
+        grown.pop("hand_overs", None)
+        self.assertEqual(grown, expected)
+        self.assertEqual(after["latency"]["inf"], after["requests"])
+
+    def test_its_latencies_are_in_buckets_each_with_what_was_quicker(self):
+        app = app_of(lambda: time.sleep(0.02))
+        server = self.serve(app, status="/status")
+        before = self.figures(server.url)["latency"]
+        fetch(server.url)
+        self.assertTrue(wait_until(
+            lambda: self.figures(server.url)["latency"]["inf"] >= before["inf"] + 2))
+        after = self.figures(server.url)["latency"]
+        self.assertEqual(list(after), [*"0.001 0.003 0.01 0.03 0.1 0.3 1.0 3.0 10.0 inf".split()])
+        self.assertEqual(sorted(after.values()), list(after.values()))
+        slow = {name: after["inf"] - after[name] - before["inf"] + before[name] for name in after}
+        self.assertGreaterEqual(slow["0.01"], 1)
+        self.assertEqual((slow["10.0"], slow["inf"]), (0, 0))
+
+    def test_a_worker_shows_its_threads_connections_and_memory(self):
+        entered, leave = threading.Event(), threading.Event()
+        app = app_of(lambda: (entered.set(), leave.wait(TIMEOUT))[0])
+        server = self.serve(app, status="/status")
+        with contextlib.closing(Client(server.url)) as client:
+            client.request("GET", "/")
+            entered.wait(TIMEOUT)
+            figures = self.figures(server.url)
+            leave.set()
+            client.getresponse().read()
+        worker, = figures["workers"]
+        self.assertEqual((worker["pid"], worker["draining"]), (os.getpid(), False))
+        self.assertEqual((worker["connections"], worker["busy_threads"]), (2, 2))
+        self.assertGreater(worker["memory"], 1 << 20)
+        self.assertGreaterEqual(figures["hand_overs"], 1)
+
+    def test_it_is_for_this_machine_and_says_so_to_others(self):
+        server = self.serve(app_of(lambda: "hello"), status="/status", trusted_proxies="127.0.0.2")
+        for headers, status in (
+                ({}, 200), ({"Host": "localhost:1"}, 200), ({"Host": "[::1]"}, 200),
+                ({"Host": "rebound.example"}, 403), ({"X-Forwarded-For": "127.0.0.1"}, 403),
+                ({"Forwarded": "for=127.0.0.1"}, 403), ({"Via": "1.1 a"}, 403)):
+            with self.subTest(headers=headers):
+                got, said = self.ask(server.url, headers=headers)
+                self.assertEqual((got, "requests" in said), (status, status == 200))
+        server = self.serve(app_of(lambda: "hello"), status="/status", trusted_proxies="127.0.0.1")
+        for client, status in (("127.0.0.1", 200), ("1.1.1.1", 403)):
+            self.assertEqual(self.ask(server.url, headers={"X-Forwarded-For": client})[0], status)
+        wire = self.connect(server).send(b"GET /status HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        self.assertEqual(wire.answer().status, 403)
+
+    def test_a_worker_that_drains_is_not_ready(self):
+        entered, leave = threading.Event(), threading.Event()
+        app = app_of(lambda: (entered.set(), leave.wait(TIMEOUT))[0])
+        server = self.serve(app, status="/status")
+        self.assertEqual(self.ask(server.url, "/status?ready"), (200, {"ready": True}))
+        with contextlib.closing(Client(server.url)) as client:
+            client.ask("/status?ready")
+            busy = self.connect(server).send(get("/"))
+            entered.wait(TIMEOUT)
+            server.worker.drain_idle_seconds = TIMEOUT
+            server.worker.drain()
+            status, _, body = client.ask("/status?ready")
+            self.assertEqual((status, json.loads(body)), (503, {"ready": False}))
+            leave.set()
+            busy.answer()
+
+    def test_other_methods_and_paths(self):
+        server = self.serve(app_of(lambda: "hello"), status="/status")
+        self.assertEqual(self.ask(server.url, method="POST")[0], 405)
+        self.assertEqual(fetch(server.url, "/status", "HEAD")[::2], (200, b""))
+        self.assertEqual(fetch(server.url)[2], b"hello")
+        self.assertEqual(fetch(server.url, "/status/")[0], 404)
+        plain = self.serve(app_of(lambda: "hello"))
+        self.assertEqual(fetch(plain.url, "/status")[0], 404)
+        for bad in ("status", "/a b", "/a?b", 5, None):
+            self.assertRaises(UsageError, Settings, status=bad)
+
+    def test_the_access_log_stays_as_it_was(self):
+        for logs, lines in ((False, 0), (True, 1)):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                server = self.serve(app_of(lambda: "a"), status="/status", access_log=logs)
+                fetch(server.url)
+                server.stop()
+            self.assertEqual(out.getvalue().count("GET / HTTP"), lines)
+
+    def test_the_dashboard_has_all_figures_for_prometheus(self):
+        server = self.serve(load_example("dashboard"), status="/figures")
+        self.assertIn(b'fetch("/figures"', fetch(server.url, "/dashboard")[2])
+        fetch(server.url, "/no")
+        self.assertTrue(wait_until(lambda: self.figures_of(server)["responses"]["4xx"]))
+        status, headers, body = fetch(server.url, "/metrics")
+        self.assertEqual(headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+        for line in body.decode().splitlines():
+            self.assertRegex(line, r"\A(# TYPE minibottle_\w+ (counter|gauge|histogram)|"
+                             r'minibottle_\w+(\{\w+="[\w.+]+"\})? [\d.e-]+)\Z')
+        self.assertRegex(body, rb'\nminibottle_responses_total\{class="4xx"\} [1-9]')
+        self.assertRegex(body, rb'\nminibottle_seconds_bucket\{le="\+Inf"\} [1-9]')
+        self.assertEqual(fetch(server.url, "/metrics", headers={"Host": "evil"})[0], 403)
+
+    def figures_of(self, server):
+        return self.ask(server.url, "/figures")[1]
+
+
+@unittest.skipUnless(hasattr(os, "fork") and HAS_PROC, "needs fork and /proc")
+class CommandCompanionsTest(PooledTest):
+    """The command line with what lies beside."""
+
+    def test_a_trusted_proxy_that_is_no_address_is_a_line_and_exit_status_2(self):
+        status, _, said = finish("shop:app", "--trusted-proxies", "10.0.0.0/8",
+                                 "--trusted-proxies=nonsense", "--bind", "127.0.0.1:0")
+        self.assertEqual((status, said.count("\n"), "nonsense" in said), (2, 1, True), said)
+
+    def test_a_server_for_others_says_once_why_the_debug_page_is_not_shown(self):
+        with serve("shop:app", "--debug", "--bind", "0.0.0.0:0", "--no-access-log") as server:
+            url = server.url.replace("0.0.0.0", "127.0.0.1")
+            for _ in range(2):
+                body = fetch(url, "/raise", headers={"Accept": "text/html"})[2]
+                self.assertEqual((b"it failed" in body, b"<table>" in body), (True, False))
+            self.assertEqual(server.stop(), 0)
+            self.assertEqual(server.said().count("0.0.0.0 is not loopback"), 1, server.said())
+
+    def test_each_worker_knows_of_all_and_what_a_killed_one_has_counted_stays(self):
+        def figures(server):
+            return json.loads(fetch(server.url, "/status")[2])
+        with serve("shop:app", "--workers", "2", "--status", "/status") as server:
+            self.assertTrue(wait_until(lambda: len(figures(server)["workers"]) == 2))
+            for _ in range(20):
+                fetch(server.url)
+            self.assertTrue(wait_until(lambda: figures(server)["requests"] > 20))
+            before = figures(server)
+            pids = {worker["pid"] for worker in before["workers"]}
+            self.assertEqual(pids, set(server.children()))
+            time.sleep(1)                    # it is not one that dies at once
+            os.kill(min(pids), signal.SIGKILL)
+            self.assertTrue(wait_until(lambda: len(
+                {worker["pid"] for worker in figures(server)["workers"]} - {min(pids)}) == 2))
+            after = figures(server)
+            self.assertEqual(sorted(worker["restarts"] for worker in after["workers"]), [0, 1])
+            self.assertEqual(after["starts"], 3)
+            self.assertGreater(after["requests"], before["requests"])
+            self.assertEqual(server.stop(), 0)
+
+    def test_an_application_that_runs_itself_has_it_too(self):
+        with open(os.path.join(FOLDER, "figured.py"), "w") as file:
+            file.write("from minibottle import App\n"
+                       "App().run(port=0, status='/s', workers=2, quiet=False)\n")
+        with serve("figured.py", start=(), bind=False) as server:
+            self.assertTrue(wait_until(
+                lambda: len(json.loads(fetch(server.url, "/s")[2])["workers"]) == 2))
+            self.assertEqual(server.stop(), 0)
 
 
 # === 18. WebSocket ============================================================
@@ -10938,6 +11985,33 @@ class ChatTest(WebSocketTest):
             self.assertIn("<li>&lt;b&gt;hello&lt;/b&gt;</li>", page)
 
 
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class AgainOverTls:
+    """The tests of another class, over TLS. Two of them have clients of another kind."""
+
+    test_a_thousand_requests_of_every_kind_share_one_connection = None
+    test_it_counts_as_a_connection_and_is_in_the_access_log = None
+
+    def setUp(self):
+        patch = mock.patch.dict(globals(), Wire=TlsWire, Peer=TlsPeer)
+        patch.start()
+        self.addCleanup(patch.stop)
+        super().setUp()
+
+    def serve(self, app, **settings):
+        return super().serve(app, **dict(zip(("cert", "key"), certificate())), **settings)
+
+
+class TlsPeer(OverTls, Peer):
+    """A WebSocket client over TLS that sends frames as they are."""
+
+
+for _kind in (RefusedRequestTest, ServedRequestTest, ExpectTest, ConnectionTest, GzipTest, WsgiTest,
+              StreamTest, AsyncServedTest, WebSocketServerTest):
+    _name = _kind.__name__.replace("Test", "OverTlsTest")
+    globals()[_name] = type(_name, (AgainOverTls, _kind), {"__module__": __name__})
+
+
 # === 19. HTTP client ==========================================================
 
 CLOSE = None                   # after the answer before it
@@ -11619,14 +12693,7 @@ class ClientTlsTest(ClientTest):
 
     @classmethod
     def setUpClass(cls):
-        cls.cert, key = (os.path.join(FOLDER, name) for name in ("client.crt", "client.key"))
-        done = subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
-             "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out",
-             cls.cert, "-days", "2", "-subj", "/CN=localhost", "-addext",
-             "subjectAltName=DNS:localhost"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise unittest.SkipTest("openssl makes no certificate: " + done.stdout.decode()[-200:])
+        cls.cert, key = certificate()
         cls.own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cls.own.load_cert_chain(cls.cert, key)
         cls.trusting = ssl.create_default_context(cafile=cls.cert)
@@ -11784,28 +12851,11 @@ class ClientServersTest(ClientTest):
             server.stop()
             await server.close_all_connections()
 
-    @unittest.skipUnless(LONG and shutil.which("nginx"), "needs nginx and MINIBOTTLE_LONG=1")
+    @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
     async def test_nginx_in_front_of_ours(self):
         with serve_builtin(load_example("example_tornado")) as behind, \
-                tempfile.TemporaryDirectory() as folder, socket.create_server(
-                    ("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            taken.close()
-            path = os.path.join(folder, "nginx.conf")
-            with open(path, "w") as file:
-                file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
-                for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
-                    file.write("%s_temp_path %s/%s; " % (what, folder, what))
-                file.write("access_log off; gzip on; gzip_types *; gzip_min_length 1; server { "
-                           "listen 127.0.0.1:%d; location / { proxy_pass %s; } } }"
-                           % (port, behind))
-            nginx = subprocess.Popen(["nginx", "-p", folder, "-c", path])
-            try:
-                wait_until(lambda: not is_refused(f"http://127.0.0.1:{port}"))
-                await self.check(f"http://127.0.0.1:{port}")
-            finally:
-                nginx.terminate()
-                nginx.wait(TIMEOUT)
+                nginx_in_front(behind, "gzip on; gzip_types *; gzip_min_length 1; ") as url:
+            await self.check(url)
 
 
 # === 20. Test client, sessions, cross-origin requests, uploads ================
@@ -12597,11 +13647,11 @@ class ReadmeTest(unittest.TestCase):
         expected = []
         for name, default, meaning in minibottle.SETTINGS:
             if isinstance(default, tuple):
-                shown = default[0]
+                shown = default[0] if default else "none"
             elif isinstance(default, bool):
                 shown = "on" if default else "off"
             else:
-                shown = default if isinstance(default, str) else f"{default:,g}" \
+                shown = (default or "none") if isinstance(default, str) else f"{default:,g}" \
                     if isinstance(default, float) else f"{default:,}"
             expected.append((name, shown, meaning))
         self.assertEqual(rows, expected)
@@ -12839,7 +13889,7 @@ class BottlesOwnTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(BOTTLE_TESTS, os.path.join(folder, "test"))
             shutil.copy(minibottle.__file__, os.path.join(folder, "bottle.py"))
-            for name in ("adapters", "ext", "jinja"):
+            for name in ("adapters", "ext", "jinja", "resources"):
                 shutil.copy(companion_path(name), folder)
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", RUN_BOTTLE_TESTS], cwd=folder,

@@ -1,10 +1,9 @@
-"""Files by their name, out of a list of directories: one file to lay beside minibottle.py.
+"""Bottle's ResourceManager: files by name, in a list of directories; an App has one as `resources`.
 
-    app.resources.add_path("./files/", __file__)      # beside this module
-    with app.resources.open("logo.svg", "rb") as file:
-        ...
+A file to lay beside minibottle.py, where it is minibottle.resources:
 
-It is Bottle's ResourceManager, and minibottle.resources too.
+    app.resources.add_path("./data/")
+    with app.resources.open("names.txt") as file: ...
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ class Server:
         self.worker.drain_idle_seconds = 0.0  # its clients are of this process
         self.host = host
         self.port: int = self.sock.getsockname()[1]
-        self.url = format_address(self.sock)
+        self.url = format_address(self.sock, given)
         self.thread = threading.Thread(target=self.worker.monitor, daemon=True, name="minibottle")
 
     def start(self) -> "Server":

@@ -796,7 +796,7 @@ def websocket(app: Any, rule: str, *, origins: Union[None, str, List[str]] = Non
             environ["minibottle.upgrade"].append(begin)
             return HTTPResponse("", 101, headers[1:])  # the server adds Connection
 
-        app.route(rule, "GET", handshake, **(route or {}))
+        app.route(rule, "GET", handshake, **{"websocket": handler, **(route or {})})
         return handler
     return decorator
 
