@@ -8678,7 +8678,7 @@ LONGER = {"chat": 70, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
 VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 75, "ext": 50,
             "gzip_middleware": 45, "jinja": 45, "reloading": 90, "service": 65, "testing": 390,
-            "websocket": 940}
+            "websocket": 1055}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -9257,10 +9257,11 @@ class CompanionTest(unittest.TestCase):
                 elif isinstance(node, ast.ImportFrom):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
-            ". __future__ asyncio base64 binascii codecs collections.abc contextlib contextvars "
-            "functools hashlib http.client importlib importlib.util inspect io itertools json "
-            "logging os re select signal socket ssl subprocess sys threading time types typing "
-            "urllib.parse urllib.request weakref .websocket wsgiref.simple_server zlib").split()))
+            ". __future__ asyncio base64 binascii codecs collections.abc concurrent.futures "
+            "contextlib contextvars functools hashlib http.client importlib importlib.util "
+            "inspect io itertools logging os re select signal socket ssl subprocess sys threading "
+            "time types typing urllib.parse urllib.request weakref .websocket "
+            "wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
         for file in minibottle.COMPANIONS:
@@ -10003,11 +10004,12 @@ class WebSocketHandshakeTest(UnitTest):
                 ("http://a.b:81", "a.b", None, False), ("http://a.b.c", "a.b", None, False),
                 ("http://c.d", "a.b", None, False), ("null", "a.b", None, False),
                 ("null", "", None, False), ("null", ":80", None, False),
-                ("http://c.d", "a.b", ["http://c.d"], True), ("http://a.b", "a.b", [], False),
+                ("http://c.d", "a.b", ["http://c.d"], True), ("http://a.b", "a.b", [], True),
+                ("http://e.f", "a.b", ["http://c.d"], False), ("http://e.f", "a.b", [], False),
                 ("http://c.d", "a.b", "http://c.d.e", False), ("null", "a.b", ["null"], True),
                 ("http://c.d", "a.b", "http://*.d", False), ("http://c.d", "a.b", ["*.d"], False),
                 ("http://c.d", "a.b", "http://c.d", True), ("http://c.d", "a.b", "*", True),
-                ("http://c.d", "a.b", ["*"], True), ("http://a.b", "a.b", ["http://c.d"], False)):
+                ("http://c.d", "a.b", ["*"], True), ("https://a.b", "a.b:443", ["http://c.d"], True)):
             with self.subTest(origin=origin, host=host, origins=origins):
                 made = shake(ws_environ(HTTP_ORIGIN=origin, HTTP_HOST=host), (),
                                origins)
@@ -10291,6 +10293,7 @@ class WebSocketServerTest(WebSocketTest):
                 self.assertEqual(self.peer(server).goodbye(), (1011, ""))
             self.assertEqual(len(logs.records), 1)
             self.assertIn("it failed", logs.output[0])
+            self.assertIn("of a WebSocket failed: '/' of 127.0.0.1", logs.output[0])
 
     def test_a_handler_learns_why_it_has_ended(self):
         ends = queue.Queue()
@@ -10567,6 +10570,152 @@ class WebSocketServerTest(WebSocketTest):
             self.assertEqual(self.peer(server).frame(), (0x81, b"nothing came"))
 
 
+    def test_who_vanishes_while_the_handler_does_not_read_is_noticed(self):
+        self.faster()
+        cancelled = threading.Semaphore(0)
+
+        async def sleep(ws):
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                cancelled.release()
+
+        server = self.serve_websocket(sleep, max_queue=2, heartbeat=0.02, close_timeout=0.02)
+        with mock.patch.object(ws_module, "GRACE_SECONDS", 0.02):
+            for leave in (Peer.close, Peer.reset):
+                leave(self.peer(server).say(HELLO[0], HELLO[0], HELLO[0]))
+                self.assertTrue(cancelled.acquire(timeout=TIMEOUT))
+            self.assertTrue(wait_until(lambda: not server.worker.connections))
+        alive = self.peer(server).say(HELLO[0], HELLO[0])   # no pong of it is read, nor asked for
+        self.assertEqual([alive.frame() for _ in range(4)], [(0x89, b"")] * 4)
+
+    def test_the_end_of_a_task_group_is_no_failure(self):
+        class Group(Exception):  # as Python's since 3.11
+            def __init__(self, *exceptions):
+                self.exceptions = exceptions
+
+        async def several(ws):
+            try:
+                await ws.receive()
+            except WebSocketClosed as error:
+                more = () if ws.code == 1000 else (KeyError("a fault"),)
+                raise Group(Group(error), *more)
+
+        server = self.serve_websocket(several)
+        with self.assertLogs("minibottle") as logs:
+            for code in (1000, 4000):
+                self.assertEqual(self.peer(server).say(close(code)).frame(), close(code))
+            self.assertTrue(wait_until(lambda: logs.output))
+        self.assertEqual(len(logs.output), 1)
+
+    def test_what_is_no_json_closes_with_1007_and_is_no_failure(self):
+        seen = queue.Queue()
+
+        async def listen(ws):
+            try:
+                await ws.receive_json()
+            except WebSocketError as error:
+                seen.put(error.code)
+                raise
+
+        def listen_too(ws):
+            try:
+                ws.receive_json()
+            except WebSocketError as error:
+                seen.put(error.code)
+                raise
+
+        with self.assertLogs("minibottle") as logs:
+            logging.getLogger("minibottle").warning("the only line")
+            for handler in (listen, listen_too):
+                for frame in ((0x81, b"{bad"), (0x81, b"NaN"), (0x82, b"\xff"),
+                              (0x81, b"[" * 99999)):
+                    peer = self.peer(self.serve_websocket(handler))
+                    code, reason = peer.say(frame).goodbye()
+                    self.assertEqual((code, reason[:17]), (1007, "this is not JSON:"))
+                    self.assertEqual(seen.get(timeout=TIMEOUT), 1007)
+                    self.assert_closed(peer)
+            self.assertTrue(wait_until(lambda: not ws_module.threads))
+        self.assertEqual(len(logs.output), 1)
+
+    def test_any_bytes_are_a_binary_message_and_nan_is_no_json(self):
+        async def send(ws):
+            for data in (bytearray(b"a"), memoryview(b"xbx")[1:2]):
+                await ws.send(data)
+            for value in (float("nan"), object()):
+                try:
+                    await ws.send_json(value)
+                except (ValueError, TypeError) as error:
+                    await ws.send(type(error).__name__)
+
+        peer = self.peer(self.serve_websocket(send))
+        self.assertEqual([peer.frame() for _ in range(4)], [
+            (0x82, b"a"), (0x82, b"b"), (0x81, b"ValueError"), (0x81, b"TypeError")])
+
+    def test_a_handler_may_keep_things_on_it(self):
+        async def tell(ws):
+            ws.name = "Ada"
+            await ws.send(ws.name + str(weakref.ref(ws)() is ws))
+
+        def tell_too(ws):
+            ws.name = "Ada"
+            ws.send(ws.name + str(weakref.ref(ws)() is ws))
+
+        for handler in (tell, tell_too):
+            self.assertEqual(self.peer(self.serve_websocket(handler)).frame(), (0x81, b"AdaTrue"))
+
+    def test_a_plain_function_has_keywords_and_the_context_of_the_hooks(self):
+        user = ContextVar("user")
+        app = App()
+        app.add_hook("before_request", lambda: user.set("Ada"))
+
+        def leave(ws):
+            ws.send(data=user.get())
+            ws.close(code=4000, reason="enough")
+
+        async def tell(ws):
+            await ws.send(user.get())
+
+        app.websocket("/async")(tell)
+        server = self.serve_websocket(leave, app)
+        peer = self.peer(server)
+        self.assertEqual(peer.frame(), (0x81, b"Ada"))
+        self.assertEqual(peer.goodbye(), (4000, "enough"))
+        self.assertEqual(self.peer(server, "/async").frame(), (0x81, b"Ada"))
+
+    def test_an_answer_still_goes_out_when_a_bad_frame_comes_meanwhile(self):
+        for busy in (False, True):
+            came, go = threading.Event(), threading.Event()
+
+            def answer(ws):
+                text = ws.receive()
+                came.set()
+                go.wait(TIMEOUT)
+                ws.send(text)
+                if busy:
+                    go.clear()
+                    go.wait(TIMEOUT)
+                ws.receive()
+
+            peer = self.peer(self.serve_websocket(answer, close_timeout=TIMEOUT))
+            peer.say(HELLO[0])
+            self.assertTrue(came.wait(TIMEOUT))
+            peer.say((0x83, b""))
+            self.assertTrue(wait_until(lambda: self.loop_do(
+                lambda: any(ws.failure for ws in ws_module.watched[minibottle.bridge.loop]))))
+            go.set()
+            self.assertEqual(peer.frame(), HELLO[0])
+            go.set()
+            self.assertEqual(peer.goodbye()[0], 1002)
+
+    def test_a_bad_frame_closes_a_handler_that_never_reads_soon_too(self):
+        self.faster()
+        free = threading.Event()
+        self.addCleanup(free.set)
+        server = self.serve_websocket(lambda ws: free.wait(TIMEOUT), close_timeout=0.05)
+        self.assertEqual(self.peer(server).say((0x83, b"")).goodbye()[0], 1002)
+
+
 class UpgradeTest(WireTest):
     """RFC 9110 7.8."""
 
@@ -10649,6 +10798,86 @@ class WebSocketClientTest(WebSocketTest):
     async def open(self, url, **options):
         async with connect_websocket(url, **options):
             pass
+
+    def test_a_server_that_drips_holds_no_thread_of_the_loop(self):
+        async def drip(reader, writer):
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(b"HTTP/1.1 101 X\r\nA" if not writer.is_closing() else b"")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+
+        async def conversation():
+            server = await asyncio.start_server(drip, "127.0.0.1", 0)
+            url = "ws://A:secret@127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
+            opening = [asyncio.ensure_future(self.open(url, timeout=-0.9)) for _ in range(40)]
+            self.assertEqual(await asyncio.to_thread(lambda: "free"), "free")
+            for error in await asyncio.gather(*opening, return_exceptions=True):
+                self.assertIsInstance(error, (TimeoutError, ValueError))
+                self.assertNotIn("secret", str(error))
+            server.close()
+        self.talk(conversation())
+
+    def test_the_user_of_the_url_is_sent_and_in_no_message(self):
+        app, seen = App(), queue.Queue()
+
+        @app.hook("before_request")
+        def note():
+            seen.put(request.get_header("Authorization"))
+
+        app.websocket("/")(echo)
+        server = self.serve(app)
+        url = server.url.replace("http://", "ws://A%3A:b%20@")
+        self.talk(self.open(url))
+        self.assertEqual(seen.get(timeout=TIMEOUT), "Basic QTo6YiA=")
+        self.talk(self.open(url, headers={"authorization": "Bearer x"}))
+        self.assertEqual(seen.get(timeout=TIMEOUT), "Bearer x")
+        for bad in ("ws://A:secret@/", "ws://A:secret@a b/", "ftp://A:secret@b/"):
+            with self.assertRaisesRegex(ValueError, "bad WebSocket URL '(ws|ftp)://[/ab]"):
+                self.talk(self.open(bad))
+
+    def test_it_goes_through_the_proxy_of_the_environment(self):
+        server, heads = self.serve_websocket(echo), queue.Queue()
+
+        async def pipe(reader, writer):
+            while True:
+                data = await reader.read(65536)
+                if not data:
+                    return writer.close()
+                writer.write(data)
+
+        async def tunnel(reader, writer):
+            heads.put(await reader.readuntil(b"\r\n\r\n"))
+            status = b"200 OK" if heads.qsize() == 1 else b"403 Forbidden"
+            writer.write(b"HTTP/1.1 " + status + b"\r\n\r\n")
+            there = await asyncio.open_connection("127.0.0.1", server.port)
+            await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer),
+                                 return_exceptions=True)
+
+        async def conversation():
+            proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
+            where = "127.0.0.1:%d" % proxy.sockets[0].getsockname()[1]
+            for name in ("http://A:b@" + where, where):
+                os.environ["http_proxy"] = name
+                try:
+                    async with connect_websocket("ws://name.invalid/") as ws:
+                        await ws.send("hello")
+                        self.assertEqual(await ws.receive(), "hello")
+                except ConnectionRefusedError as error:
+                    self.assertEqual(str(error), "the proxy answers 403")
+            os.environ["no_proxy"] = "127.0.0.1"
+            await self.open(f"ws://127.0.0.1:{server.port}/")
+            os.environ["http_proxy"] = "socks5://A:secret@a"
+            with self.assertRaisesRegex(ValueError, "not by 'socks5://a'"):
+                await self.open("ws://name.invalid/")
+            proxy.close()
+
+        with mock.patch.dict(os.environ):
+            self.talk(conversation())
+        self.assertEqual(heads.get(), b"CONNECT name.invalid:80 HTTP/1.1\r\nHost: name.invalid:80"
+                                      b"\r\nProxy-Authorization: Basic QTpi\r\n\r\n")
+        self.assertNotIn(b"Authorization", heads.get())
+        self.assertTrue(heads.empty())
 
     def test_over_tls(self):
         if not shutil.which("openssl"):
