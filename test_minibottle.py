@@ -8677,7 +8677,7 @@ EXAMPLES = {        # module: expression that gives the WSGI application
 }
 LONGER = {"chat": 80, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
-VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "events": 95, "ext": 50,
+VENDORED = {"adapters": 75, "client": 805, "cross_origin": 55, "events": 95, "ext": 50,
             "gzip_middleware": 45, "jinja": 45, "reloading": 90, "service": 65, "testing": 390,
             "websocket": 1055}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
@@ -11033,8 +11033,10 @@ class ChatTest(WebSocketTest):
         deaf, writer = [self.peer(server, "/rooms/tea/chat") for _ in range(2)]
         self.assertTrue(wait_until(lambda: fetch(server.url, "/rooms")[2] == b'{"tea": 2}'))
         # Its system takes nothing more: in truth it does so after some megabytes.
-        _, ws = sorted(self.loop_do(lambda: list(ws_module.watched[minibottle.bridge.loop])),
-                       key=lambda ws: ws.sock.getpeername()[1] == deaf.sock.getsockname()[1])
+        port = deaf.sock.getsockname()[1]
+        ws = self.loop_do(lambda: next(
+            ws for ws in ws_module.watched[minibottle.bridge.loop]
+            if ws.state == ws_module.OPEN and ws.sock.getpeername()[1] == port))
         self.loop_do(lambda: setattr(ws, "out", bytearray(100_000)))
         for _ in range(3):
             self.assertEqual(writer.say(HELLO[0]).frame(), HELLO[0])
@@ -11237,6 +11239,9 @@ class ClientBodyTest(ClientTest):
         text = UNICODE.encode() * 4000
         bare = zlib.compressobj(wbits=-15)
         for coding, body in (("gzip", gzip.compress(text)), ("x-gzip", gzip.compress(text)),
+                             ("gzip", b"".join(map(gzip.compress, (text[:9], b"", text[9:])))),
+                             ("gzip", gzip.compress(text) + bytes(600)),
+                             ("gzip", gzip.compress(b"") * 3 + bytes(9) + gzip.compress(text)),
                              ("deflate", zlib.compress(text)),
                              ("deflate", bare.compress(text) + bare.flush())):
             for drip in (False, True):
@@ -11273,11 +11278,29 @@ class ClientBodyTest(ClientTest):
 
     async def test_a_compressed_body_that_is_none_is_an_error(self):
         good = gzip.compress(b"a")
-        for body in (b"nonsense", good + b"more", good[:-4] + bytes(4)):
+        for body in (b"nonsense", good + b"more", good[:-4] + bytes(4), good + good[:-1],
+                     good + good[:5], zlib.compress(b"a") + b"more"):
             with self.subTest(body=body):
                 found, _ = await self.ask(packed(body))
                 self.assertIsInstance(found, fetching.ClientError)
                 self.assertEqual(found.phase, "body")
+
+    async def test_many_members_take_linear_time(self):
+        start = time.process_time()
+        found, _ = await self.ask(packed(gzip.compress(b"") * 40000))
+        self.assertEqual(found.body, b"")
+        self.assertLess(time.process_time() - start, 2 * SLOW)
+
+    async def test_a_body_that_is_none_is_a_type_error(self):
+        async def texts():
+            yield b"a"
+            yield "b"
+        for body, text in (({"a": 1}, "as json or as form"), (["a"], "bytes, not str"),
+                           (("a", b"b"), "bytes, not str"), (iter(["a"]), "bytes, not str"),
+                           (texts(), "bytes, not str"), (io.StringIO("a"), "bytes, not str"),
+                           (io.StringIO(""), "bytes, not str"), (5, "int")):
+            with self.subTest(body=body), self.assertRaisesRegex(TypeError, text):
+                await self.ask(OK, method="POST", body=body)
 
     async def test_a_stream_is_read_no_faster_than_it_is_taken(self):
         sent = 0
@@ -11348,6 +11371,25 @@ class ClientRequestTest(ClientTest):
             f"QUERY /%C3%B6/%20?q=%C3%A4 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-A: ö\r\nX-A: 2\r\n"
             f"User-Agent: minibottle/{minibottle.__version__}\r\nAccept: */*\r\n"
             "Accept-Encoding: gzip, deflate\r\n\r\n"])
+
+    async def test_a_query_is_added_to_that_of_the_url(self):
+        for path, query, target in (
+                ("/a", {"a": 1}, "/a?a=1"), ("/a?b=2#c", {"a": ["x y", "ö&"]},
+                                             "/a?b=2&a=x+y&a=%C3%B6%26"),
+                ("", [("a", 1), ("a", 2)], "/?a=1&a=2"), ("/a", {}, "/a"), ("/a#?", {"a": 1},
+                                                                          "/a?a=1")):
+            _, requests = await self.ask(OK, path=path, query=query)
+            self.assertEqual(requests[0].split()[1], target)
+
+    async def test_a_client_is_closed_once_or_more(self):
+        async with RawServer(OK) as server:
+            asker = self.client()
+            self.assertEqual((await asker.fetch(server.url)).body, b"ok")
+            for _ in range(2):
+                await asker.close()
+            await server.until_closed()
+            with self.assertRaisesRegex(fetching.ClientError, "the Client is closed"):
+                await asker.fetch(server.url)
 
     async def test_own_headers_beat_the_defaults(self):
         _, requests = await self.ask(OK, headers={
