@@ -10058,7 +10058,8 @@ class WebSocketHandshakeTest(UnitTest):
                 ("http://c.d", "a.b", "http://c.d.e", False), ("null", "a.b", ["null"], True),
                 ("http://c.d", "a.b", "http://*.d", False), ("http://c.d", "a.b", ["*.d"], False),
                 ("http://c.d", "a.b", "http://c.d", True), ("http://c.d", "a.b", "*", True),
-                ("http://c.d", "a.b", ["*"], True), ("https://a.b", "a.b:443", ["http://c.d"], True)):
+                ("http://c.d", "a.b", ["*"], True),
+                ("https://a.b", "a.b:443", ["http://c.d"], True)):
             with self.subTest(origin=origin, host=host, origins=origins):
                 made = shake(ws_environ(HTTP_ORIGIN=origin, HTTP_HOST=host), (),
                                origins)
@@ -10648,7 +10649,7 @@ class WebSocketServerTest(WebSocketTest):
                 await ws.receive()
             except WebSocketClosed as error:
                 more = () if ws.code == 1000 else (KeyError("a fault"),)
-                raise Group(Group(error), *more)
+                raise Group(Group(error), *more) from None
 
         server = self.serve_websocket(several)
         with self.assertLogs("minibottle") as logs:

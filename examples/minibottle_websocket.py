@@ -55,8 +55,8 @@ from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterable, Ite
 from urllib.parse import unquote, urlsplit
 from weakref import WeakKeyDictionary
 
-from . import (NEED_DATA, HeaderDict, HTTPError, HTTPResponse, Request, WSGIHeaderDict, iter_counted,
-               json_dumps, json_loads)
+from . import (NEED_DATA, HeaderDict, HTTPError, HTTPResponse, Request, WSGIHeaderDict,
+               iter_counted, json_dumps, json_loads)
 
 log = logging.getLogger("minibottle")
 
