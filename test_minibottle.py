@@ -10655,7 +10655,7 @@ class WebSocketServerTest(WebSocketTest):
         with self.assertLogs("minibottle") as logs:
             for code in (1000, 4000):
                 self.assertEqual(self.peer(server).say(close(code)).frame(), close(code))
-            self.assertTrue(wait_until(lambda: logs.output))
+            self.assertTrue(wait_until(lambda: "a fault" in "".join(logs.output)))
         self.assertEqual(len(logs.output), 1)
 
     def test_what_is_no_json_closes_with_1007_and_is_no_failure(self):
