@@ -10734,23 +10734,28 @@ class WebSocketServerTest(WebSocketTest):
         self.assertEqual(self.peer(server, "/async").frame(), (0x81, b"Ada"))
 
     def test_an_answer_still_goes_out_when_a_bad_frame_comes_meanwhile(self):
-        came, go = threading.Event(), threading.Event()
+        came, go = threading.Semaphore(0), threading.Semaphore(0)
 
         def answer(ws):
             text = ws.receive()
-            came.set()
-            go.wait(TIMEOUT)
+            came.release()
+            go.acquire(timeout=TIMEOUT)
             ws.send(text)
+
+        def answer_and_read_on(ws):
+            answer(ws)
             ws.receive()
 
-        peer = self.peer(self.serve_websocket(answer, close_timeout=TIMEOUT)).say(HELLO[0])
-        self.assertTrue(came.wait(TIMEOUT))
-        peer.say((0x83, b""))
-        self.assertTrue(wait_until(lambda: self.loop_do(
-            lambda: any(ws.failure for ws in ws_module.watched[minibottle.bridge.loop]))))
-        go.set()
-        self.assertEqual(peer.frame(), HELLO[0])
-        self.assertEqual(peer.goodbye()[0], 1002)
+        for handler, code in ((answer_and_read_on, 1002), (answer, 1000)):
+            peer = self.peer(self.serve_websocket(handler, close_timeout=TIMEOUT)).say(HELLO[0])
+            self.assertTrue(came.acquire(timeout=TIMEOUT))
+            peer.say((0x83, b""))
+            self.assertTrue(wait_until(lambda: self.loop_do(
+                lambda: any(ws.failure for ws in ws_module.watched[minibottle.bridge.loop]))))
+            go.release()
+            self.assertEqual(peer.frame(), HELLO[0])
+            self.assertEqual(peer.frame()[1][:2], code.to_bytes(2, "big"))
+            self.assert_closed(peer)
 
     def test_a_bad_frame_closes_a_handler_that_never_reads_soon_too(self):
         self.faster()

@@ -684,6 +684,8 @@ class WebSocket:
             self.write(data)
             if self.paused:
                 self.resume()
+            if self.failure is not None:
+                self.linger()  # no goodbye of the peer's will be read
             self.wake()
 
     def go_away(self) -> None:
