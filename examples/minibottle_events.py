@@ -7,7 +7,11 @@
 
     @app.get("/ticks")
     def ticks():
-        return event_stream(count(int(request.get_header("Last-Event-ID", 0))))
+        try:
+            last = int(request.get_header("Last-Event-ID", 0))
+        except ValueError:
+            last = 0
+        return event_stream(count(last))
 
     async def count(n):                      # or a plain generator, which runs on threads
         while True:
@@ -23,7 +27,7 @@ its reader has gone, the generator is closed.
 import asyncio
 import re
 
-from . import END, json_dumps, next_async, pull_aside, response
+from . import json_dumps, pull_aside, response
 
 
 def event_stream(events, keepalive=15.0):
@@ -42,19 +46,32 @@ def event_stream(events, keepalive=15.0):
 
 async def iter_events(events, keepalive):
     yield ":\n\n"  # so that the head goes out before the first event
-    step = None
+    made = asyncio.Queue(1)
+    task, step = asyncio.ensure_future(pull(events, made)), asyncio.ensure_future(made.get())
     try:
         while True:
-            step = asyncio.ensure_future(next_async(events))
-            while not (await asyncio.wait([step], timeout=keepalive))[0]:
+            await asyncio.wait([step, task], timeout=keepalive,
+                               return_when=asyncio.FIRST_COMPLETED)
+            if step.done():
+                yield step.result()
+                step = asyncio.ensure_future(made.get())
+            elif not task.done():
                 yield ":\n\n"
-            if step.result() is END:
+            elif made.empty():
+                task.result()  # what it has raised
                 return
-            yield format_event(step.result())
     finally:
-        if step is not None and not step.done():
-            step.cancel()
-            await asyncio.wait([step])
+        task.cancel()
+        step.cancel()
+        await asyncio.wait([step, task])
+
+
+async def pull(events, made):
+    """All steps of a generator in one task: its time limits and context variables hold."""
+    try:
+        async for event in events:
+            await made.put(format_event(event))
+    finally:
         if hasattr(events, "aclose"):
             await events.aclose()
 
@@ -66,7 +83,7 @@ def format_event(event):
     for name in ("event", "id", "retry", "data"):
         if name in fields:
             value = fields[name]
-            text = str(value) if isinstance(value, (str, int)) else json_dumps(value)
+            text = value if isinstance(value, str) else json_dumps(value)
             if name != "data" and re.search("[\r\n\0]", text):
                 raise ValueError(f"the {name} of an event is one line, not {text!r:.60}")
             lines += [f"{name}: {line}\n" for line in re.split("\r\n|\r|\n", text)]
