@@ -65,6 +65,7 @@ import unittest
 import urllib.parse
 import uuid
 import warnings
+import weakref
 import wsgiref.simple_server
 import zlib
 from unittest import mock
@@ -8856,12 +8857,12 @@ EXAMPLES = {        # module: expression that gives the WSGI application
     "upload": lambda module: module.app,
     "dashboard": lambda module: module.app,
 }
-LONGER = {"chat": 70, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
+LONGER = {"chat": 80, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
-VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "debugging": 270, "events": 75,
+VENDORED = {"adapters": 75, "client": 805, "cross_origin": 55, "debugging": 270, "events": 95,
             "ext": 75, "gzip_middleware": 45, "jinja": 45, "proxies": 180, "reloading": 90,
             "resources": 45, "route_list": 70, "service": 110, "status": 195, "testing": 390,
-            "tls": 185, "websocket": 940}
+            "tls": 185, "websocket": 1055}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -8944,7 +8945,8 @@ class ExamplesInProcessTest(unittest.TestCase):
     def test_the_plot_goes_on_where_its_reader_was(self):
         client = TestClient(load_example("plot"))
         self.assertIn('new EventSource("wave")', client.get("/").text)
-        for headers, ids in (({}, "012"), ({"Last-Event-ID": "1"}, "2")):
+        for headers, ids in (({}, "012"), ({"Last-Event-ID": "1"}, "2"),
+                             ({"Last-Event-ID": "rubbish"}, "012")):
             answer = client.get("/wave?until=2", headers)
             self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
             self.assertEqual(re.findall("id: (.+)", answer.text), list(ids))
@@ -9447,21 +9449,18 @@ class CompanionTest(unittest.TestCase):
             for name in names.split():
                 self.assertIs(getattr(minibottle, name), getattr(module, name))
 
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
     def test_they_need_minibottle_and_the_standard_library_alone(self):
         names = set()
         for file in set(minibottle.COMPANIONS) - {"jinja"}:
             for node in self.nodes(file):
                 if isinstance(node, ast.Import):
                     names.update(alias.name for alias in node.names)
-                elif isinstance(node, ast.ImportFrom):
-                    names.add("." * node.level + (node.module or ""))
-        self.assertEqual(names, set((
-            ". __future__ _thread asyncio atexit base64 binascii bisect codecs collections.abc "
-            "contextlib contextvars errno functools hashlib http.client importlib importlib.util "
-            "inspect io ipaddress itertools json linecache logging os .proxies re reprlib "
-            "resource select selectors signal socket ssl stat subprocess sys threading time "
-            "traceback types typing urllib.parse urllib.request weakref .websocket "
-            "wsgiref.simple_server zlib").split()))
+                elif isinstance(node, ast.ImportFrom) and not node.level:
+                    names.add(node.module)
+        roots = {name.partition(".")[0] for name in names}
+        self.assertEqual(roots - set(sys.stdlib_module_names) - {"__future__"}, set())
+        self.assertIn("asyncio", roots)
 
     def test_their_functions_are_short(self):
         for file in minibottle.COMPANIONS:
@@ -9588,6 +9587,7 @@ class EventStreamTest(UnitTest):
         for event, text in (
                 ("a", "data: a\n\n"), ("a\nb\r\nc\rd", "data: a\ndata: b\ndata: c\ndata: d\n\n"),
                 ({"n": 1}, 'data: {"n": 1}\n\n'), ([1], "data: [1]\n\n"), ("", "data: \n\n"),
+                (True, "data: true\n\n"), (7, "data: 7\n\n"), (None, "data: null\n\n"),
                 ({"data": {"n": 1}, "id": 7, "event": "tick", "retry": 100},
                  'event: tick\nid: 7\nretry: 100\ndata: {"n": 1}\n\n')):
             self.assertEqual(self.events([event]), ":\n\n" + text)
@@ -9612,6 +9612,52 @@ class EventStreamTest(UnitTest):
         go.set()
         self.assertEqual(list(pieces)[-1], b"data: x\n\n")
         body.close()
+
+
+    def test_a_coroutine_makes_all_its_events_in_one_task(self):
+        variable, ends = contextvars.ContextVar("variable"), []
+
+        async def source():
+            token = variable.set("x")
+            task = asyncio.current_task()
+            try:
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                    yield asyncio.current_task() is task
+            finally:
+                variable.reset(token)
+                ends.append(asyncio.current_task() is task)
+
+        self.assertEqual(self.events(source()), ":\n\n" + "data: true\n\n" * 3)
+        for count in range(5):  # who leaves early
+            body = app_of(lambda: event_stream(source()))(environ_of(), lambda *args: None)
+            list(zip(range(count), body))
+            body.close()
+        self.assertEqual(set(ends), {True})
+
+    @unittest.skipUnless(hasattr(asyncio, "timeout"), "needs asyncio.timeout()")
+    def test_a_time_limit_around_events_ends_them(self):
+        async def source():
+            try:
+                async with asyncio.timeout(0.01):
+                    yield "x"
+                    await asyncio.sleep(TIMEOUT)
+            except TimeoutError:
+                yield "late"
+
+        self.assertEqual(self.events(source()), ":\n\ndata: x\n\ndata: late\n\n")
+
+    def test_what_it_raises_comes_after_the_events_before(self):
+        async def source():
+            yield "x"
+            raise OSError("broken")
+
+        body = app_of(lambda: event_stream(source()))(environ_of(), lambda *args: None)
+        pieces = []
+        with self.assertRaisesRegex(OSError, "broken"):
+            for piece in body:
+                pieces.append(piece)
+        self.assertEqual(pieces, [b":\n\n", b"data: x\n\n"])
 
 
 class ServedEventsTest(WireTest):
@@ -11228,11 +11274,13 @@ class WebSocketHandshakeTest(UnitTest):
                 ("http://a.b:81", "a.b", None, False), ("http://a.b.c", "a.b", None, False),
                 ("http://c.d", "a.b", None, False), ("null", "a.b", None, False),
                 ("null", "", None, False), ("null", ":80", None, False),
-                ("http://c.d", "a.b", ["http://c.d"], True), ("http://a.b", "a.b", [], False),
+                ("http://c.d", "a.b", ["http://c.d"], True), ("http://a.b", "a.b", [], True),
+                ("http://e.f", "a.b", ["http://c.d"], False), ("http://e.f", "a.b", [], False),
                 ("http://c.d", "a.b", "http://c.d.e", False), ("null", "a.b", ["null"], True),
                 ("http://c.d", "a.b", "http://*.d", False), ("http://c.d", "a.b", ["*.d"], False),
                 ("http://c.d", "a.b", "http://c.d", True), ("http://c.d", "a.b", "*", True),
-                ("http://c.d", "a.b", ["*"], True), ("http://a.b", "a.b", ["http://c.d"], False)):
+                ("http://c.d", "a.b", ["*"], True),
+                ("https://a.b", "a.b:443", ["http://c.d"], True)):
             with self.subTest(origin=origin, host=host, origins=origins):
                 made = shake(ws_environ(HTTP_ORIGIN=origin, HTTP_HOST=host), (),
                                origins)
@@ -11516,6 +11564,7 @@ class WebSocketServerTest(WebSocketTest):
                 self.assertEqual(self.peer(server).goodbye(), (1011, ""))
             self.assertEqual(len(logs.records), 1)
             self.assertIn("it failed", logs.output[0])
+            self.assertIn("of a WebSocket failed: '/' of 127.0.0.1", logs.output[0])
 
     def test_a_handler_learns_why_it_has_ended(self):
         ends = queue.Queue()
@@ -11792,6 +11841,151 @@ class WebSocketServerTest(WebSocketTest):
             self.assertEqual(self.peer(server).frame(), (0x81, b"nothing came"))
 
 
+    def test_who_vanishes_while_the_handler_does_not_read_is_noticed(self):
+        self.faster()
+        cancelled = threading.Semaphore(0)
+
+        async def sleep(ws):
+            try:
+                await asyncio.sleep(1000)
+            finally:
+                cancelled.release()
+
+        server = self.serve_websocket(sleep, max_queue=2, heartbeat=0.02, close_timeout=0.02)
+        with mock.patch.object(ws_module, "GRACE_SECONDS", 0.02):
+            for leave in (Peer.close, Peer.reset):
+                leave(self.peer(server).say(HELLO[0], HELLO[0], HELLO[0]))
+                self.assertTrue(cancelled.acquire(timeout=TIMEOUT))
+            self.assertTrue(wait_until(lambda: not server.worker.connections))
+        alive = self.peer(server).say(HELLO[0], HELLO[0])   # no pong of it is read, nor asked for
+        self.assertEqual([alive.frame() for _ in range(4)], [(0x89, b"")] * 4)
+
+    def test_the_end_of_a_task_group_is_no_failure(self):
+        class Group(Exception):  # as Python's since 3.11
+            def __init__(self, *exceptions):
+                self.exceptions = exceptions
+
+        async def several(ws):
+            try:
+                await ws.receive()
+            except WebSocketClosed as error:
+                more = () if ws.code == 1000 else (KeyError("a fault"),)
+                raise Group(Group(error), *more) from None
+
+        server = self.serve_websocket(several)
+        with self.assertLogs("minibottle") as logs:
+            for code in (1000, 4000):
+                self.assertEqual(self.peer(server).say(close(code)).frame(), close(code))
+            self.assertTrue(wait_until(lambda: "a fault" in "".join(logs.output)))
+        self.assertEqual(len(logs.output), 1)
+
+    def test_what_is_no_json_closes_with_1007_and_is_no_failure(self):
+        seen = queue.Queue()
+
+        async def listen(ws):
+            try:
+                await ws.receive_json()
+            except WebSocketError as error:
+                seen.put(error.code)
+                raise
+
+        def listen_too(ws):
+            try:
+                ws.receive_json()
+            except WebSocketError as error:
+                seen.put(error.code)
+                raise
+
+        with self.assertLogs("minibottle") as logs:
+            logging.getLogger("minibottle").warning("the only line")
+            for handler in (listen, listen_too):
+                for frame in ((0x81, b"{bad"), (0x81, b"NaN"), (0x82, b"\xff"),
+                              (0x81, b"[" * 99999)):
+                    peer = self.peer(self.serve_websocket(handler))
+                    code, reason = peer.say(frame).goodbye()
+                    self.assertEqual((code, reason[:17]), (1007, "this is not JSON:"))
+                    self.assertEqual(seen.get(timeout=TIMEOUT), 1007)
+                    self.assert_closed(peer)
+            self.assertTrue(wait_until(lambda: not ws_module.threads))
+        self.assertEqual(len(logs.output), 1)
+
+    def test_any_bytes_are_a_binary_message_and_nan_is_no_json(self):
+        async def send(ws):
+            for data in (bytearray(b"a"), memoryview(b"xbx")[1:2]):
+                await ws.send(data)
+            for value in (float("nan"), object()):
+                try:
+                    await ws.send_json(value)
+                except (ValueError, TypeError) as error:
+                    await ws.send(type(error).__name__)
+
+        peer = self.peer(self.serve_websocket(send))
+        self.assertEqual([peer.frame() for _ in range(4)], [
+            (0x82, b"a"), (0x82, b"b"), (0x81, b"ValueError"), (0x81, b"TypeError")])
+
+    def test_a_handler_may_keep_things_on_it(self):
+        async def tell(ws):
+            ws.name = "Ada"
+            await ws.send(ws.name + str(weakref.ref(ws)() is ws))
+
+        def tell_too(ws):
+            ws.name = "Ada"
+            ws.send(ws.name + str(weakref.ref(ws)() is ws))
+
+        for handler in (tell, tell_too):
+            self.assertEqual(self.peer(self.serve_websocket(handler)).frame(), (0x81, b"AdaTrue"))
+
+    def test_a_plain_function_has_keywords_and_the_context_of_the_hooks(self):
+        user = contextvars.ContextVar("user")
+        app = App()
+        app.add_hook("before_request", lambda: user.set("Ada"))
+
+        def leave(ws):
+            ws.send(data=user.get())
+            ws.close(code=4000, reason="enough")
+
+        async def tell(ws):
+            await ws.send(user.get())
+
+        app.websocket("/async")(tell)
+        server = self.serve_websocket(leave, app)
+        peer = self.peer(server)
+        self.assertEqual(peer.frame(), (0x81, b"Ada"))
+        self.assertEqual(peer.goodbye(), (4000, "enough"))
+        self.assertEqual(self.peer(server, "/async").frame(), (0x81, b"Ada"))
+
+    def test_an_answer_still_goes_out_when_a_bad_frame_comes_meanwhile(self):
+        came, go = threading.Semaphore(0), threading.Semaphore(0)
+
+        def answer(ws):
+            text = ws.receive()
+            came.release()
+            go.acquire(timeout=TIMEOUT)
+            ws.send(text)
+
+        def answer_and_read_on(ws):
+            answer(ws)
+            ws.receive()
+
+        for handler, code in ((answer_and_read_on, 1002), (answer, 1000)):
+            peer = self.peer(self.serve_websocket(handler, close_timeout=TIMEOUT)).say(HELLO[0])
+            self.assertTrue(came.acquire(timeout=TIMEOUT))
+            peer.say((0x83, b""))
+            self.assertTrue(wait_until(lambda: self.loop_do(
+                lambda: any(ws.failure for ws in ws_module.watched[minibottle.bridge.loop]))))
+            go.release()
+            self.assertEqual(peer.frame(), HELLO[0])
+            self.assertEqual(peer.frame()[1][:2], code.to_bytes(2, "big"))
+            self.assert_closed(peer)
+
+    def test_a_bad_frame_closes_a_handler_that_never_reads_soon_too(self):
+        self.faster()
+        free = threading.Event()
+        self.addCleanup(free.set)
+        server = self.serve_websocket(lambda ws: free.wait(TIMEOUT), close_timeout=0.05)
+        self.assertEqual(self.peer(server).say((0x83, b"")).goodbye()[0], 1002)
+
+
 class UpgradeTest(WireTest):
     """RFC 9110 7.8."""
 
@@ -11874,6 +12068,98 @@ class WebSocketClientTest(WebSocketTest):
     async def open(self, url, **options):
         async with connect_websocket(url, **options):
             pass
+
+    def test_a_server_that_drips_holds_no_thread_of_the_loop(self):
+        async def drip(reader, writer):
+            with contextlib.suppress(ConnectionError), contextlib.closing(writer):
+                writer.write(b"HTTP/1.1 101 X\r\nA: ")
+                while not reader.at_eof():
+                    writer.write(b"a")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+
+        async def conversation():
+            server = await asyncio.start_server(drip, "127.0.0.1", 0)
+            url = "ws://A:secret@127.0.0.1:%d/" % server.sockets[0].getsockname()[1]
+            before, tasks = threading.active_count(), len(asyncio.all_tasks())
+            opening = [asyncio.ensure_future(self.open(url)) for _ in range(40)]
+            late = asyncio.ensure_future(self.open(url, timeout=0.1))
+            await asyncio.sleep(0)
+            self.assertEqual(threading.active_count(), before + 41)
+            loop = asyncio.get_running_loop()
+            self.assertEqual(await loop.run_in_executor(None, lambda: "free"), "free")
+            with self.assertRaises(TimeoutError) as caught:
+                await late
+            self.assertRegex(str(caught.exception), "^ws://127.* is not open within 0.1 s")
+            for task in opening:
+                task.cancel()
+            await asyncio.wait(opening)
+            while (threading.active_count() > before + 1  # one of the loop's own is left
+                   or len(asyncio.all_tasks()) > tasks):
+                await asyncio.sleep(0.01)
+            server.close()
+        self.talk(conversation())
+
+    def test_the_user_of_the_url_is_sent_and_in_no_message(self):
+        app, seen = App(), queue.Queue()
+
+        @app.hook("before_request")
+        def note():
+            seen.put(request.get_header("Authorization"))
+
+        app.websocket("/")(echo)
+        server = self.serve(app)
+        url = server.url.replace("http://", "ws://A%3A:b%20@")
+        self.talk(self.open(url))
+        self.assertEqual(seen.get(timeout=TIMEOUT), "Basic QTo6YiA=")
+        self.talk(self.open(url, headers={"authorization": "Bearer x"}))
+        self.assertEqual(seen.get(timeout=TIMEOUT), "Bearer x")
+        for bad in ("ws://A:secret@/", "ws://A:secret@a b/", "ftp://A:secret@b/"):
+            with self.assertRaisesRegex(ValueError, "bad WebSocket URL '(ws|ftp)://[/ab]"):
+                self.talk(self.open(bad))
+
+    def test_it_goes_through_the_proxy_of_the_environment(self):
+        server, heads = self.serve_websocket(echo), queue.Queue()
+
+        async def pipe(reader, writer):
+            while True:
+                data = await reader.read(65536)
+                if not data:
+                    return writer.close()
+                writer.write(data)
+
+        async def tunnel(reader, writer):
+            heads.put(await reader.readuntil(b"\r\n\r\n"))
+            status = b"200 OK" if heads.qsize() == 1 else b"403 Forbidden"
+            writer.write(b"HTTP/1.1 " + status + b"\r\n\r\n")
+            there = await asyncio.open_connection("127.0.0.1", server.port)
+            await asyncio.gather(pipe(reader, there[1]), pipe(there[0], writer),
+                                 return_exceptions=True)
+
+        async def conversation():
+            proxy = await asyncio.start_server(tunnel, "127.0.0.1", 0)
+            where = "127.0.0.1:%d" % proxy.sockets[0].getsockname()[1]
+            for name in ("http://A:b@" + where, where):
+                os.environ["http_proxy"] = name
+                try:
+                    async with connect_websocket("ws://name.invalid/") as ws:
+                        await ws.send("hello")
+                        self.assertEqual(await ws.receive(), "hello")
+                except ConnectionRefusedError as error:
+                    self.assertEqual(str(error), "the proxy answers 403")
+            os.environ["no_proxy"] = "127.0.0.1"
+            await self.open(f"ws://127.0.0.1:{server.port}/")
+            os.environ["http_proxy"] = "socks5://A:secret@a"
+            with self.assertRaisesRegex(ValueError, "not by 'socks5://a'"):
+                await self.open("ws://name.invalid/")
+            proxy.close()
+
+        with mock.patch.dict(os.environ):
+            self.talk(conversation())
+        self.assertEqual(heads.get(), b"CONNECT name.invalid:80 HTTP/1.1\r\nHost: name.invalid:80"
+                                      b"\r\nProxy-Authorization: Basic QTpi\r\n\r\n")
+        self.assertNotIn(b"Authorization", heads.get())
+        self.assertTrue(heads.empty())
 
     def test_over_tls(self):
         if not shutil.which("openssl"):
@@ -11968,6 +12254,22 @@ class ChatTest(WebSocketTest):
         self.assertEqual([peers[0].frame(), peers[2].frame()], [HELLO[0]] * 2)
         self.assertEqual(self.peer(server, "/rooms/no/chat").goodbye()[0], 4004)
         self.assertEqual(fetch(server.url, "/rooms/no")[0], 404)
+
+    def test_who_does_not_read_holds_nobody_up_and_has_to_go(self):
+        server = self.serve(load_example("chat"))
+        deaf, writer = [self.peer(server, "/rooms/tea/chat") for _ in range(2)]
+        self.assertTrue(wait_until(lambda: fetch(server.url, "/rooms")[2] == b'{"tea": 2}'))
+        # Its system takes nothing more: in truth it does so after some megabytes.
+        port = deaf.sock.getsockname()[1]
+        ws = self.loop_do(lambda: next(
+            ws for ws in ws_module.watched[minibottle.bridge.loop]
+            if ws.state == ws_module.OPEN and ws.sock.getpeername()[1] == port))
+        self.loop_do(lambda: setattr(ws, "out", bytearray(100_000)))
+        for _ in range(3):
+            self.assertEqual(writer.say(HELLO[0]).frame(), HELLO[0])
+        self.assertTrue(wait_until(lambda: ws.code == 1008))
+        self.loop_do(ws.end)
+        self.assertTrue(wait_until(lambda: fetch(server.url, "/rooms")[2] == b'{"tea": 1}'))
 
     @unittest.skipUnless(BROWSER and LONG, "needs Chromium and MINIBOTTLE_LONG=1")
     def test_chromium_says_and_hears(self):
@@ -12191,6 +12493,9 @@ class ClientBodyTest(ClientTest):
         text = UNICODE.encode() * 4000
         bare = zlib.compressobj(wbits=-15)
         for coding, body in (("gzip", gzip.compress(text)), ("x-gzip", gzip.compress(text)),
+                             ("gzip", b"".join(map(gzip.compress, (text[:9], b"", text[9:])))),
+                             ("gzip", gzip.compress(text) + bytes(600)),
+                             ("gzip", gzip.compress(b"") * 3 + bytes(9) + gzip.compress(text)),
                              ("deflate", zlib.compress(text)),
                              ("deflate", bare.compress(text) + bare.flush())):
             for drip in (False, True):
@@ -12227,11 +12532,29 @@ class ClientBodyTest(ClientTest):
 
     async def test_a_compressed_body_that_is_none_is_an_error(self):
         good = gzip.compress(b"a")
-        for body in (b"nonsense", good + b"more", good[:-4] + bytes(4)):
+        for body in (b"nonsense", good + b"more", good[:-4] + bytes(4), good + good[:-1],
+                     good + good[:5], zlib.compress(b"a") + b"more"):
             with self.subTest(body=body):
                 found, _ = await self.ask(packed(body))
                 self.assertIsInstance(found, fetching.ClientError)
                 self.assertEqual(found.phase, "body")
+
+    async def test_many_members_take_linear_time(self):
+        start = time.process_time()
+        found, _ = await self.ask(packed(gzip.compress(b"") * 40000))
+        self.assertEqual(found.body, b"")
+        self.assertLess(time.process_time() - start, 2 * SLOW)
+
+    async def test_a_body_that_is_none_is_a_type_error(self):
+        async def texts():
+            yield b"a"
+            yield "b"
+        for body, text in (({"a": 1}, "as json or as form"), (["a"], "bytes, not str"),
+                           (("a", b"b"), "bytes, not str"), (iter(["a"]), "bytes, not str"),
+                           (texts(), "bytes, not str"), (io.StringIO("a"), "bytes, not str"),
+                           (io.StringIO(""), "bytes, not str"), (5, "int")):
+            with self.subTest(body=body), self.assertRaisesRegex(TypeError, text):
+                await self.ask(OK, method="POST", body=body)
 
     async def test_a_stream_is_read_no_faster_than_it_is_taken(self):
         sent = 0
@@ -12302,6 +12625,25 @@ class ClientRequestTest(ClientTest):
             f"QUERY /%C3%B6/%20?q=%C3%A4 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nX-A: ö\r\nX-A: 2\r\n"
             f"User-Agent: minibottle/{minibottle.__version__}\r\nAccept: */*\r\n"
             "Accept-Encoding: gzip, deflate\r\n\r\n"])
+
+    async def test_a_query_is_added_to_that_of_the_url(self):
+        for path, query, target in (
+                ("/a", {"a": 1}, "/a?a=1"), ("/a?b=2#c", {"a": ["x y", "ö&"]},
+                                             "/a?b=2&a=x+y&a=%C3%B6%26"),
+                ("", [("a", 1), ("a", 2)], "/?a=1&a=2"), ("/a", {}, "/a"), ("/a#?", {"a": 1},
+                                                                          "/a?a=1")):
+            _, requests = await self.ask(OK, path=path, query=query)
+            self.assertEqual(requests[0].split()[1], target)
+
+    async def test_a_client_is_closed_once_or_more(self):
+        async with RawServer(OK) as server:
+            asker = self.client()
+            self.assertEqual((await asker.fetch(server.url)).body, b"ok")
+            for _ in range(2):
+                await asker.close()
+            await server.until_closed()
+            with self.assertRaisesRegex(fetching.ClientError, "the Client is closed"):
+                await asker.fetch(server.url)
 
     async def test_own_headers_beat_the_defaults(self):
         _, requests = await self.ask(OK, headers={

@@ -54,6 +54,15 @@ def page(room):
     return PAGE.replace("{{room}}", room)
 
 
+async def tell(guest, text):
+    try:
+        await asyncio.wait_for(guest.send(text), timeout=1)
+    except asyncio.TimeoutError:  # the others do not wait for who does not read
+        await guest.close(1008, "You do not listen.")
+    except ConnectionError:
+        pass  # it is leaving
+
+
 @app.websocket("/rooms/<room>/chat", max_message=2000)
 async def chat(ws, room):
     guests = ROOMS.get(room)
@@ -62,7 +71,7 @@ async def chat(ws, room):
     guests.add(ws)
     try:
         async for text in ws:
-            sent = [guest.send(text) for guest in guests]
-            await asyncio.gather(*sent, return_exceptions=True)  # some may be leaving
+            tasks = [asyncio.ensure_future(tell(guest, text)) for guest in guests]
+            await asyncio.wait(tasks, timeout=1)
     finally:
         guests.discard(ws)

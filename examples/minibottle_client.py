@@ -123,19 +123,31 @@ def parse_url(url: str) -> Tuple[Origin, str, str, str]:
 
 
 def read_body(body: Any) -> Any:
-    """What is given as a body -> bytes, or an asynchronous iterator. Raises TypeError."""
+    """What is given as a body -> bytes, or an asynchronous iterator of them. Raises TypeError."""
     if body is None or isinstance(body, str):
         return (body or "").encode("utf-8")
     if isinstance(body, (bytes, bytearray, memoryview)):
         return bytes(body)
+    if isinstance(body, Mapping):
+        raise TypeError("a dict is no body: give it as json or as form")
     if hasattr(body, "__aiter__"):
         return body
-    return iter_async(iter(partial(body.read, BLOCK), b"") if hasattr(body, "read") else iter(body))
+    if hasattr(body, "read"):
+        return iter_async(iter(partial(body.read, BLOCK), b""))
+    if isinstance(body, (list, tuple)):  # before a byte is sent
+        body = [check_piece(piece) for piece in body]
+    return iter_async(iter(body))
 
 
 async def iter_async(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
     for piece in pieces:
         yield piece
+
+
+def check_piece(piece: Any) -> bytes:
+    if not isinstance(piece, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a piece of a body is bytes, not {type(piece).__name__}")
+    return bytes(piece)
 
 
 class Message:
@@ -310,24 +322,37 @@ def iter_inflated(pieces: Iterator[bytes], max_body: int) -> Iterator[bytes]:
     """Decode gzip, zlib (HTTP's deflate) and bare deflate (which some servers take for it)."""
     inflater: Any = None
     left = max_body
-    for piece in pieces:
+    for piece in iter_small(pieces):
         if not piece:
             yield piece  # NEED_DATA
         elif not inflater:
-            bare = piece[0] & 0x8f != 8 and piece[:1] != b"\x1f"
-            inflater = zlib.decompressobj(-15 if bare else 47)
+            bits = 31 if piece[:1] == b"\x1f" else 15 if piece[0] & 0x8f == 8 else -15
+            inflater = zlib.decompressobj(bits)
         data = b""
         while piece or len(data) == BLOCK:
+            if inflater.eof:
+                piece = piece.lstrip(b"\0")  # some pad it
+                if not piece:
+                    break
+                if bits != 31:
+                    raise BadRequest("bytes after the end of the compressed body")
+                inflater = zlib.decompressobj(bits)  # RFC 1952 2.2: of the next member
             data = inflater.decompress(piece, BLOCK)
-            piece = inflater.unconsumed_tail
+            piece = inflater.unused_data or inflater.unconsumed_tail
             left -= len(data)
-            if left < 0 or inflater.unused_data:
-                raise BadRequest("bytes after the end of the compressed body" if left >= 0 else
-                                 f"inflated body over {max_body} bytes (max_body)", 413)
+            if left < 0:
+                raise BadRequest(f"inflated body over {max_body} bytes (max_body)", 413)
             if data:
                 yield data
     if inflater and not inflater.eof:
         raise BadRequest("the compressed body breaks off")
+
+
+def iter_small(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Cut them: each of many tiny members copies the rest of its piece."""
+    for piece in pieces:
+        for i in range(0, len(piece) or 1, 16384):
+            yield piece[i:i + 16384]
 
 
 # --- Connections --------------------------------------------------------------
@@ -474,7 +499,10 @@ class Client:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Close every connection, also those in use."""
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection, also those in use. Again is fine."""
         self.is_closed = True
         for conn in list(self.conns):
             conn.close()
@@ -513,17 +541,21 @@ class Client:
 class Call:
     """A request and its redirects up to the answer; one deadline for all of it.
 
-    `headers` is a dict or a list of pairs; `body` bytes, str, a file or an iterator (asynchronous
+    `query` is added to that of the URL, a dict as `form` is; `headers` is a dict or a list of
+    pairs; `body` bytes, str, a file or an iterator (asynchronous
     or not) of bytes, which goes out chunked; `json` and `form` make a body and its type; `auth` is
     (user, password). `timeout` is in seconds, None for none; `max_body` counts the bytes of the
     answer's body, inflated; so many `redirects` are followed.
     """
 
-    def __init__(self, client: Client, method: str, url: str, *, headers: Any = None,
-                 body: Any = b"", json: Any = None, form: Any = None,
+    def __init__(self, client: Client, method: str, url: str, *, query: Any = None,
+                 headers: Any = None, body: Any = b"", json: Any = None, form: Any = None,
                  auth: Optional[Tuple[str, str]] = None, timeout: Optional[float] = 20,
                  max_body: int = 100 << 20, redirects: int = 5) -> None:
         self.client = client
+        if query:
+            url, mark, fragment = url.partition("#")
+            url += ("&" if "?" in url else "?") + format_query(query) + mark + fragment
         self.message = Message(method, url, headers, body, json, form, auth)
         self.message.format_head()      # ValueError now, not on the way
         self.timeout = timeout
@@ -665,7 +697,7 @@ class Call:
                 await conn.change()
             if conn.buf or conn.ended:
                 return False
-            write(frame_chunk(piece))
+            write(frame_chunk(check_piece(piece)))
         write(LAST_CHUNK)
         return True
 

@@ -7,7 +7,11 @@
 
     @app.get("/ticks")
     def ticks():
-        return event_stream(count(int(request.get_header("Last-Event-ID", 0))))
+        try:
+            last = int(request.get_header("Last-Event-ID", 0))
+        except ValueError:
+            last = 0
+        return event_stream(count(last))
 
     async def count(n):                      # or a plain generator, which runs on threads
         while True:
@@ -64,7 +68,7 @@ def format_event(event):
     for name in ("event", "id", "retry", "data"):
         if name in fields:
             value = fields[name]
-            text = str(value) if isinstance(value, (str, int)) else json_dumps(value)
+            text = value if isinstance(value, str) else json_dumps(value)
             if name != "data" and re.search("[\r\n\0]", text):
                 raise ValueError(f"the {name} of an event is one line, not {text!r:.60}")
             lines += [f"{name}: {line}\n" for line in re.split("\r\n|\r|\n", text)]

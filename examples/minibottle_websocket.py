@@ -32,7 +32,6 @@ The parts, each of which uses only those above it: 1 frames, 2 the handshake (bo
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import re
@@ -42,7 +41,9 @@ import threading
 import zlib
 from base64 import b64encode
 from codecs import utf_8_decode
-from contextlib import asynccontextmanager, closing
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextvars import copy_context
 from functools import lru_cache
 from hashlib import sha1
 from http.client import HTTPException
@@ -51,10 +52,11 @@ from inspect import iscoroutinefunction, signature
 from types import SimpleNamespace
 from typing import (Any, AsyncIterator, Callable, Dict, Generator, Iterable, Iterator, List,
                     Mapping, Optional, Set, Tuple, Union)
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from weakref import WeakKeyDictionary
 
-from . import (NEED_DATA, HTTPError, HTTPResponse, Request, WSGIHeaderDict, iter_counted)
+from . import (NEED_DATA, HeaderDict, HTTPError, HTTPResponse, Request, WSGIHeaderDict,
+               iter_counted, json_dumps, json_loads)
 
 log = logging.getLogger("minibottle")
 
@@ -342,13 +344,13 @@ def accept_websocket(environ: Dict[str, Any], subprotocols: Iterable[str] = (),
 
 
 def check_origin(origin: Optional[str], host: str, origins: Optional[List[str]]) -> None:
-    """Raise HTTPError 403 unless a page of `origin` is of `host`, or of `origins` if given.
+    """Raise HTTPError 403 unless a page of `origin` is of `host`, or of `origins`.
 
     A browser lets any page connect, with its user's cookies (RFC 6455 10.2); others send no Origin.
     """
-    if origins is None:  # RFC 6454 6.2: they leave out the port that is their scheme's own
-        origins = ["http://" + re.sub(":80$", "", host), "https://" + re.sub(":443$", "", host)]
-    allowed = [origins] if isinstance(origins, str) else origins
+    allowed = {origins} if isinstance(origins, str) else set(origins or ())
+    for scheme, port in (("http", ":80"), ("https", ":443")):  # RFC 6454 6.2: origins leave it out
+        allowed.add(f"{scheme}://{re.sub(port + '$', '', host)}")
     if origin is not None and origin not in allowed and "*" not in allowed:
         raise HTTPError(403, f"A page of {origin!a} may not open a WebSocket on {host!a}: "
                              f"origins=[{origin!a}] would let it.")
@@ -431,7 +433,8 @@ class WebSocket:
     __slots__ = ("loop", "connection", "sock", "close_connection", "options", "deflate",
                  "subprotocol", "is_client", "buf", "reader", "queue", "held", "paused", "getter",
                  "waiters", "out", "pong", "pings", "ponged", "state", "code", "reason",
-                 "heard_at", "pinged_at", "moved_at", "deadline", "failure", "task")
+                 "heard_at", "pinged_at", "moved_at", "deadline", "failure", "task",
+                 "__dict__", "__weakref__")  # for what an application keeps there
 
     def __init__(self, connection: Any, close: Callable, options: Options, subprotocol: str,
                  deflate: Optional[Deflate], is_client: bool = True) -> None:
@@ -496,6 +499,8 @@ class WebSocket:
     async def send(self, data: Union[str, bytes]) -> None:
         """A str goes as a text, bytes as a binary message. Waits for a peer that reads slowly."""
         self.check_open()
+        if isinstance(data, (bytearray, memoryview)):
+            data = bytes(data)
         if not isinstance(data, (str, bytes)):
             raise TypeError(f"a message is str or bytes, not {type(data).__name__}: send_json()?")
         self.write(format_message(data, self.mask(), self.deflate))
@@ -505,10 +510,16 @@ class WebSocket:
                 self.check_open()
 
     async def receive_json(self) -> Any:
-        return json.loads(await self.receive())
+        """Raises WebSocketError, and closes with 1007, where the message is none."""
+        data = await self.receive()
+        try:
+            return json_loads(data)
+        except ValueError as error:
+            self.say_goodbye(1007, f"this is not JSON: {error}")
+            raise WebSocketError(1007, self.reason) from None
 
     async def send_json(self, value: object) -> None:
-        await self.send(json.dumps(value))
+        await self.send(json_dumps(value))
 
     async def ping(self) -> float:
         """Seconds that the peer took to answer."""
@@ -571,9 +582,11 @@ class WebSocket:
                         self.loop.remove_reader(self.sock)
                         break
         except WebSocketError as error:
+            # What came before it may still have its answers: the next receive() tells the peer.
             self.reader, self.failure = None, error
             self.deadline = self.loop.time() + self.options.close_timeout
-            if not self.queue:
+            awaited = self.getter is not None and not self.getter.done()
+            if awaited and not self.queue or self.state != OPEN:
                 self.fail()
         if self.getter is not None and self.queue:
             if not self.getter.done():
@@ -671,6 +684,8 @@ class WebSocket:
             self.write(data)
             if self.paused:
                 self.resume()
+            if self.failure is not None:
+                self.linger()  # no goodbye of the peer's will be read
             self.wake()
 
     def go_away(self) -> None:
@@ -725,9 +740,10 @@ class WebSocket:
         elif self.state != OPEN:
             if now > self.deadline:
                 self.end()
-        elif options.heartbeat and not self.paused:  # paused: we are the slow one
+        elif options.heartbeat:
             if now > max(self.heard_at, self.pinged_at) + options.heartbeat:
-                if self.pinged_at > self.heard_at:
+                # Paused, we do not read an answer: yet a dead peer's system refuses the ping.
+                if self.pinged_at > self.heard_at and not self.paused:
                     self.say_goodbye(1011, f"no answer to a ping within {options.heartbeat} s")
                 else:
                     self.pinged_at = now
@@ -783,14 +799,15 @@ def websocket(app: Any, rule: str, *, origins: Union[None, str, List[str]] = Non
                 raise HTTPError(503, f"{MAX_THREADS} WebSockets have threads (MAX_THREADS).")
             if wants_request:
                 args["request"] = request
+            where = f"{request.fullpath!a} of {request.remote_addr}"
 
             def begin(c: Any, close: Callable) -> Callable:
                 ws = WebSocket(c, close, limits, *agreed, is_client=False)
                 if is_async:
-                    ws.task = ws.loop.create_task(run_handler(ws, handler, args))
+                    ws.task = ws.loop.create_task(run_handler(ws, handler, args, where))
                 else:
-                    threading.Thread(target=run_blocking, args=(ws, handler, args),
-                                     daemon=True).start()
+                    threading.Thread(target=copy_context().run, daemon=True,
+                                     args=(run_blocking, ws, handler, args, where)).start()
                 return ws.go_away
 
             environ["minibottle.upgrade"].append(begin)
@@ -801,7 +818,7 @@ def websocket(app: Any, rule: str, *, origins: Union[None, str, List[str]] = Non
     return decorator
 
 
-async def run_handler(ws: WebSocket, handler: Callable, args: dict) -> None:
+async def run_handler(ws: WebSocket, handler: Callable, args: dict, where: str) -> None:
     code = 1011
     try:
         await handler(ws, **args)
@@ -810,15 +827,22 @@ async def run_handler(ws: WebSocket, handler: Callable, args: dict) -> None:
         code = 1001
         raise
     except Exception as error:
-        note_failure(ws, error)
+        note_failure(ws, error, where)
     finally:
         ws.say_goodbye(code)
 
 
-def note_failure(ws: WebSocket, error: Exception) -> None:
+def note_failure(ws: WebSocket, error: Exception, where: str) -> None:
     """Log what a handler has raised, unless it only says that its WebSocket has ended."""
-    if ws.state == OPEN or not isinstance(error, WebSocketClosed):
-        log.error("the handler of a WebSocket failed", exc_info=error)
+    if ws.state == OPEN or not is_end(error):
+        log.error("the handler of a WebSocket failed: %s", where, exc_info=error)
+
+
+def is_end(error: Any) -> bool:
+    """Does it say that a WebSocket has ended? So does a task group's that has no other in it."""
+    parts = getattr(error, "exceptions", ())
+    return isinstance(error, (WebSocketClosed, WebSocketError)) or (
+        bool(parts) and all(map(is_end, parts)))
 
 
 threads: Set[WebSocket] = set()  # whose handlers are on them
@@ -847,17 +871,19 @@ class BlockingWebSocket:
     def __getattr__(self, name: str) -> Any:
         """send(), send_json(), receive_json(), ping(), close(); request, code and the like."""
         found = getattr(self.ws, name)
-        return (lambda *args: self.wait(found(*args))) if callable(found) else found
+        if not callable(found):
+            return found
+        return lambda *args, **named: self.wait(found(*args, **named))
 
 
-def run_blocking(ws: WebSocket, handler: Callable, args: dict) -> None:
+def run_blocking(ws: WebSocket, handler: Callable, args: dict, where: str) -> None:
     threads.add(ws)
     code = 1011
     try:
         handler(BlockingWebSocket(ws), **args)
         code = 1000
     except Exception as error:
-        note_failure(ws, error)
+        note_failure(ws, error, where)
     finally:
         threads.discard(ws)
         ws.loop.call_soon_threadsafe(ws.say_goodbye, code)
@@ -875,16 +901,15 @@ async def connect_websocket(url: str, *, headers: Optional[Mapping[str, str]] = 
     Raises OSError (TimeoutError) where nobody answers, WebSocketError for a refusal.
     """
     limits = Options(**options)
-    opening = asyncio.get_running_loop().run_in_executor(
-        None, open_websocket, url, dict(headers or {}), timeout, tls, limits)
+    opening = Opening(url, headers or {}, timeout, tls, limits)
     try:
         # a second more: the thread's own timeout tells more, and leaves nothing behind
-        connection, *agreed = await asyncio.wait_for(asyncio.shield(opening), timeout + 1.0)
-    except (asyncio.CancelledError, asyncio.TimeoutError) as error:  # the thread goes on
-        opening.add_done_callback(lambda done: done.exception() or done.result()[0].sock.close())
+        connection, *agreed = await asyncio.wait_for(asyncio.wrap_future(opening), timeout + 1.0)
+    except (asyncio.CancelledError, asyncio.TimeoutError) as error:
+        opening.give_up()
         if isinstance(error, asyncio.CancelledError):
             raise
-        raise TimeoutError(f"{url} is not open within {timeout} s") from None
+        raise TimeoutError(f"{hide(url)} is not open within {timeout} s") from None
     ws = WebSocket(connection, lambda c: c.sock.close(), limits, *agreed)
     try:
         yield ws
@@ -892,46 +917,134 @@ async def connect_websocket(url: str, *, headers: Optional[Mapping[str, str]] = 
         await ws.close()
 
 
-def open_websocket(url: str, headers: Dict[str, str], timeout: float,
+class Opening(Future):
+    """What open_websocket() gives, on a thread of its own: the loop's few are for others."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        self.socks: List[Any] = []  # the last one is in use
+        threading.Thread(target=self.run, args=args, daemon=True).start()
+
+    def run(self, *args: Any) -> None:
+        made = failure = None
+        try:
+            made = open_websocket(self.keep, *args)
+        except Exception as error:
+            failure = error
+        if not self.set_running_or_notify_cancel():
+            if made:
+                made[0].sock.close()
+        elif failure:
+            self.set_exception(failure)
+        else:
+            self.set_result(made)
+
+    def keep(self, sock: Any) -> None:
+        self.socks.append(sock)
+        if self.cancelled():
+            raise TimeoutError("nobody waits for it any more")
+
+    def give_up(self) -> None:
+        """The thread may be reading from a server that sends byte by byte: that ends now."""
+        if not self.cancel() and not self.exception():  # it has just been opened
+            self.result()[0].sock.close()
+        for sock in self.socks:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+def open_websocket(keep: Callable, url: str, headers: Mapping[str, str], timeout: float,
                    tls: Optional[ssl.SSLContext], limits: Options) -> tuple:
-    """-> (socket and what came after the head, subprotocol, Deflate). On a thread, as it waits."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("ws", "wss") or not parts.hostname or re.search("[^!-~]", url):
-        raise ValueError(f"bad WebSocket URL {url!a}")
-    key = b64encode(os.urandom(16)).decode("ascii")
-    lines = [f"GET {parts.path or '/'}{parts.query and '?' + parts.query} HTTP/1.1",
-             "Host: " + parts.netloc.rpartition("@")[2], *map(": ".join, request_websocket(
-                 key, limits.subprotocols, limits.deflate, limits.takeover)),
-             *map(": ".join, headers.items())]
-    if any("\r" in line or "\n" in line for line in lines):
-        raise ValueError("a line break in a header")
+    """-> (socket and what came after the head, subprotocol, Deflate). It waits, and gives each
+    socket to keep() at once."""
+    parts = urlsplit("" if re.search("[^!-~]", url) else url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ValueError(f"bad WebSocket URL {hide(url)!a}")
     is_tls = parts.scheme == "wss"
-    port = parts.port or (443 if is_tls else 80)
-    sock = socket.create_connection((parts.hostname, port), timeout)
+    where = parts.hostname, parts.port or (443 if is_tls else 80)
+    key = b64encode(os.urandom(16)).decode("ascii")
+    lines = format_request(parts, headers, request_websocket(
+        key, limits.subprotocols, limits.deflate, limits.takeover))
+    proxy = find_proxy("https" if is_tls else "http", *where)
+    sock = socket.create_connection((proxy.hostname, proxy.port or 80) if proxy else where, timeout)
     try:
+        keep(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if proxy:
+            open_tunnel(sock, proxy, *where)
         if is_tls:
             tls = tls or ssl.create_default_context()
-            sock = tls.wrap_socket(sock, server_hostname=parts.hostname)
-        sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
-        data, *agreed = read_answer(sock, key, limits)
+            sock = tls.wrap_socket(sock, server_hostname=where[0], do_handshake_on_connect=False)
+            keep(sock)
+            sock.do_handshake()
+        with ask(sock, lines) as answer:
+            agreed = check_accepted(answer.status, answer.headers, key, limits.subprotocols,
+                                    limits.deflate)
+            sock.setblocking(False)
+            try:
+                data = answer.fp.peek()
+            except WOULD_BLOCK:
+                data = b""
     except BaseException:
         sock.close()
         raise
     return SimpleNamespace(sock=sock, buf=data), *agreed
 
 
-def read_answer(sock: Any, key: str, limits: Options) -> tuple:
-    """-> (what came after the head, subprotocol, Deflate); the socket does not block any more."""
-    with closing(HTTPClientResponse(sock)) as answer:
+def format_request(parts: Any, headers: Mapping[str, str], upgrade: List[tuple]) -> List[str]:
+    """The lines of the handshake."""
+    fields = HeaderDict(headers)
+    if parts.username:
+        fields.setdefault("Authorization", format_basic(parts))
+    lines = [f"GET {parts.path or '/'}{parts.query and '?' + parts.query} HTTP/1.1",
+             "Host: " + parts.netloc.rpartition("@")[2],
+             *map(": ".join, upgrade), *map(": ".join, fields.allitems())]
+    if any("\r" in line or "\n" in line for line in lines):
+        raise ValueError("a line break in a header")
+    return lines
+
+
+def find_proxy(scheme: str, name: str, port: int) -> Any:
+    """The URL's parts of http_proxy or https_proxy, None without one or for what is in no_proxy."""
+    from urllib.request import getproxies, proxy_bypass
+    found = getproxies().get(scheme)
+    if not found or proxy_bypass(f"{name}:{port}"):
+        return None
+    parts = urlsplit(found if "://" in found else "http://" + found)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"a proxy is reached by http://, not by {hide(found)!a}")
+    return parts
+
+
+def open_tunnel(sock: Any, proxy: Any, name: str, port: int) -> None:
+    """RFC 9110 9.3.6."""
+    where = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+    lines = [f"CONNECT {where} HTTP/1.1", "Host: " + where]
+    if proxy.username:
+        lines.append("Proxy-Authorization: " + format_basic(proxy))
+    with ask(sock, lines, "CONNECT") as answer:
+        if not 200 <= answer.status < 300:
+            raise ConnectionRefusedError(f"the proxy answers {answer.status}")
+
+
+@contextmanager
+def ask(sock: Any, lines: List[str], method: str = "GET") -> Iterator[HTTPClientResponse]:
+    """Send a request -> its answer, of which the head is read."""
+    sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+    with closing(HTTPClientResponse(sock, method=method)) as answer:
         try:
             answer.begin()
         except HTTPException as error:
             raise WebSocketError(1002, f"answered with no HTTP: {error!r:.99}") from None
-        agreed = check_accepted(answer.status, answer.headers, key, limits.subprotocols,
-                                limits.deflate)
-        sock.setblocking(False)
-        try:
-            return answer.fp.peek(), *agreed
-        except WOULD_BLOCK:
-            return b"", *agreed
+        yield answer
+
+
+def hide(url: str) -> str:
+    """A URL for a message: without user and password."""
+    return re.sub("//[^/?#]*@", "//", url)
+
+
+def format_basic(parts: Any) -> str:
+    """A URL's user and password -> "Basic QTpi" (RFC 7617)."""
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return "Basic " + b64encode(pair.encode()).decode("ascii")

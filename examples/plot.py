@@ -53,7 +53,10 @@ def index():
 
 @app.get("/wave")
 async def wave():
-    begin = int(request.headers.get("Last-Event-ID", -1)) + 1
+    try:
+        begin = int(request.headers.get("Last-Event-ID", -1)) + 1
+    except ValueError:
+        begin = 0
     return event_stream(measure(begin, request.query.get("until", type=int)))
 
 
