@@ -3176,19 +3176,8 @@ class ConfigDict(dict):
         return self
 
     def load_config(self, filename: Union[str, List[str]], **options: Any) -> ConfigDict:
-        """INI files: "key" of [section] sets "section.key", in small letters, as text.
-
-        [bottle] and [ROOT] have no prefix; [DEFAULT] counts for every section.
-        """
-        from configparser import ConfigParser, ExtendedInterpolation
-        parser = ConfigParser(**{"allow_no_value": True, "interpolation": ExtendedInterpolation(),
-                                 **options})
-        parser.read(filename, encoding="utf-8")
-        for section in parser.sections():
-            prefix = "" if section in ("bottle", "ROOT") else section + "."
-            for key in parser.options(section):
-                self[(prefix + key).lower()] = parser.get(section, key)
-        return self
+        """Settings of INI files, by minibottle_ini.py."""
+        return import_module(f"{THIS}.ini").load_config(self, filename, **options)
 
     def meta_get(self, key: str, field: str, default: object = None) -> Any:
         """What is known of a setting: its "filter" converts what is set."""
@@ -3541,11 +3530,6 @@ class App:
         if hasattr(self, name) and not hasattr(type(self), name):
             raise AttributeError(f"{name} is set already: a conflict of plugins? `del` it first")
         object.__setattr__(self, name, value)
-
-    @cached_property
-    def resources(self) -> Any:
-        """Bottle's ResourceManager: it needs minibottle_resources.py beside us."""
-        return import_module(f"{THIS}.resources").ResourceManager()
 
     # False: exceptions go on to the server or middleware
     catchall = property(lambda self: self.config["catchall"],
@@ -6328,7 +6312,7 @@ sys.meta_path.append(Finder())
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
-    "ext": "PluginError install_as_bottle", "gzip_middleware": "GzipMiddleware",
+    "ext": "PluginError install_as_bottle", "gzip_middleware": "GzipMiddleware", "ini": "",
     "jinja": "Jinja2Template jinja2_template jinja2_view", "proxies": "", "reloading": "",
     "resources": "ResourceManager", "route_list": "", "service": "", "status": "", "tls": "",
     "testing": "Server TestClient",

@@ -8859,9 +8859,9 @@ EXAMPLES = {        # module: expression that gives the WSGI application
 LONGER = {"chat": 70, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
 VENDORED = {"adapters": 75, "client": 775, "cross_origin": 55, "debugging": 270, "events": 75,
-            "ext": 75, "gzip_middleware": 45, "jinja": 45, "proxies": 180, "reloading": 90,
-            "resources": 45, "route_list": 70, "service": 110, "status": 195, "testing": 390,
-            "tls": 185, "websocket": 940}
+            "ext": 75, "gzip_middleware": 45, "ini": 30, "jinja": 45, "proxies": 180,
+            "reloading": 90, "resources": 45, "route_list": 70, "service": 110, "status": 195,
+            "testing": 390, "tls": 185, "websocket": 940}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -9457,8 +9457,8 @@ class CompanionTest(unittest.TestCase):
                     names.add("." * node.level + (node.module or ""))
         self.assertEqual(names, set((
             ". __future__ _thread asyncio atexit base64 binascii bisect codecs collections.abc "
-            "contextlib contextvars errno functools hashlib http.client importlib importlib.util "
-            "inspect io ipaddress itertools json linecache logging os .proxies re reprlib "
+            "configparser contextlib contextvars errno functools hashlib http.client importlib "
+            "importlib.util inspect io ipaddress itertools json linecache logging os .proxies re reprlib "
             "resource select selectors signal socket ssl stat subprocess sys threading time "
             "traceback types typing urllib.parse urllib.request weakref .websocket "
             "wsgiref.simple_server zlib").split()))
