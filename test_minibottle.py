@@ -9458,8 +9458,8 @@ class CompanionTest(unittest.TestCase):
         self.assertEqual(names, set((
             ". __future__ _thread asyncio atexit base64 binascii bisect codecs collections.abc "
             "configparser contextlib contextvars errno functools hashlib http.client importlib "
-            "importlib.util inspect io ipaddress itertools json linecache logging os .proxies re reprlib "
-            "resource select selectors signal socket ssl stat subprocess sys threading time "
+            "importlib.util inspect io ipaddress itertools json linecache logging os .proxies re "
+            "reprlib resource select selectors signal socket ssl stat subprocess sys threading time "
             "traceback types typing urllib.parse urllib.request weakref .websocket "
             "wsgiref.simple_server zlib").split()))
 
