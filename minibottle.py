@@ -111,14 +111,12 @@ __version__ = "1.0"
 __all__ = (
     "App Bottle Handler Request Response HTTPResponse HTTPError request response abort redirect "
     "static_file app apps default_app AppStack route get post put delete patch error hook install "
-    "uninstall mount url make_default_app_wrapper yieldroutes load load_app run "
-    "Settings JSONPlugin template view SimpleTemplate TEMPLATE_PATH "
-    "TemplateError debug BaseRequest BaseResponse LocalRequest LocalResponse FileUpload "
-    "CookieError MultipartError auth_basic parse_auth cookie_encode cookie_decode "
-    "cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict Router Route "
-    "RouteError RouteSyntaxError RouteBuildError BottleException BadRequest UsageError "
-    "StartError TemplatePlugin html_escape html_quote http_date parse_date parse_range_header "
-    "path_shift"
+    "uninstall mount url make_default_app_wrapper load run Settings JSONPlugin template view "
+    "SimpleTemplate TEMPLATE_PATH TemplateError debug BaseRequest BaseResponse LocalRequest "
+    "LocalResponse FileUpload CookieError MultipartError auth_basic parse_auth cookie_encode "
+    "cookie_decode cookie_is_encoded MultiDict FormsDict HeaderDict WSGIHeaderDict ConfigDict "
+    "Router Route RouteError RouteSyntaxError RouteBuildError BottleException BadRequest "
+    "UsageError StartError TemplatePlugin html_escape http_date parse_date parse_range_header"
 ).split()
 
 
@@ -349,23 +347,6 @@ def html_escape(text: str) -> str:
         return (text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
                 .replace('"', "&quot;").replace("'", "&#039;"))
     return text  # FAST: most has none of them, and "in" costs half of "replace"
-
-
-def html_quote(text: str) -> str:
-    """The value of an HTML attribute, with its quotes: 'a"' -> '"a&quot;"'."""
-    text = html_escape(text).replace("\n", "&#10;").replace("\r", "&#13;").replace("\t", "&#9;")
-    return f'"{text}"'
-
-
-def path_shift(script_name: str, path_info: str, shift: int = 1) -> Tuple[str, str]:
-    """Move segments over: ("/a", "/b/c") -> ("/a/b", "/c"); back, if `shift` is negative."""
-    script, path = ([part for part in text.strip("/").split("/") if part]
-                    for text in (script_name, path_info))
-    parts, at = script + path, len(script) + shift
-    if not 0 <= at <= len(parts):
-        raise AssertionError(f"cannot shift {script_name!r} and {path_info!r} by {shift}")
-    end = "/" * (path_info.endswith("/") and at < len(parts))
-    return "/" + "/".join(parts[:at]), "/" + "/".join(parts[at:]) + end
 
 
 def json_default(value: object) -> object:
@@ -1429,6 +1410,33 @@ class Pending:
         close_all(self.steps, self.result)
 
 
+class Guest:
+    """A coroutine in its own context, in a task with others. Awaited, it tells whether it waited,
+    and so wants a task to itself the next time."""
+
+    __slots__ = ("context", "steps", "plan")
+
+    def __init__(self, context: Any, steps: Any, plan: Any) -> None:
+        self.context = context
+        self.steps = steps
+        self.plan = plan
+
+    def __await__(self) -> Generator:
+        step, args, waits = self.steps.send, (None,), False
+        while True:
+            try:
+                wanted = self.context.run(step, *args)
+            except StopIteration:
+                return waits
+            if not waits:
+                waits = self.plan.waits = True
+                bridge.host()
+            try:
+                step, args = self.steps.send, ((yield wanted),)
+            except BaseException as error:
+                step, args = self.steps.throw, (error,)
+
+
 class Bridge:
     """The asyncio loop of this process."""
 
@@ -1439,6 +1447,7 @@ class Bridge:
         self.thread: Any = None
         self.pid = 0              # of the process that has it: a fork does not inherit the thread
         self.inbox: Deque[Tuple[Any, Any]] = deque()
+        self.guests: Deque[Guest] = deque()  # FAST: what may well not wait
         self.woken = False
 
     def start(self) -> Any:
@@ -1482,6 +1491,16 @@ class Bridge:
         while self.inbox:
             context, steps = self.inbox.popleft()
             context.run(self.loop.create_task, steps)
+        self.host()
+
+    def host(self) -> None:
+        if self.guests:
+            self.loop.create_task(self.run_guests(len(self.guests)))
+
+    async def run_guests(self, count: int) -> None:
+        """In one task all that do not wait; with the first that does, the others have another."""
+        while count and self.guests and not await self.guests.popleft():
+            count -= 1
 
     def wait(self, context: Any, steps: Any, seconds: Optional[float] = None) -> Any:
         """The result of a coroutine, for a thread that has nothing else to do."""
@@ -1697,7 +1716,7 @@ class Request:
 
     def path_shift(self, shift: int = 1) -> None:
         """Move segments from `path` to `script_name`; back, if negative."""
-        self["SCRIPT_NAME"], self["PATH_INFO"] = path_shift(
+        self["SCRIPT_NAME"], self["PATH_INFO"] = import_module(f"{THIS}.ext").path_shift(
             self.environ.get("SCRIPT_NAME", "/"), self.environ.get("PATH_INFO") or "/", shift)
 
     # -- the request line --
@@ -3176,19 +3195,8 @@ class ConfigDict(dict):
         return self
 
     def load_config(self, filename: Union[str, List[str]], **options: Any) -> ConfigDict:
-        """INI files: "key" of [section] sets "section.key", in small letters, as text.
-
-        [bottle] and [ROOT] have no prefix; [DEFAULT] counts for every section.
-        """
-        from configparser import ConfigParser, ExtendedInterpolation
-        parser = ConfigParser(**{"allow_no_value": True, "interpolation": ExtendedInterpolation(),
-                                 **options})
-        parser.read(filename, encoding="utf-8")
-        for section in parser.sections():
-            prefix = "" if section in ("bottle", "ROOT") else section + "."
-            for key in parser.options(section):
-                self[(prefix + key).lower()] = parser.get(section, key)
-        return self
+        """Settings of INI files, by minibottle_ini.py."""
+        return import_module(f"{THIS}.ini").load_config(self, filename, **options)
 
     def meta_get(self, key: str, field: str, default: object = None) -> Any:
         """What is known of a setting: its "filter" converts what is set."""
@@ -3236,7 +3244,7 @@ class TemplatePlugin:
 class Plan:
     """What a server may know of a request once its head is in, before its body and the call."""
 
-    __slots__ = ("early", "stream", "max_body", "cancel", "slow")
+    __slots__ = ("early", "stream", "max_body", "cancel", "slow", "waits")
 
     def __init__(self, early: bool = False, stream: bool = False,
                  max_body: Optional[int] = None, cancel: bool = False) -> None:
@@ -3244,6 +3252,7 @@ class Plan:
         self.stream = stream      # call when the head is in; the body is read as it arrives
         self.max_body = max_body  # bytes; None: the server's limit
         self.cancel = cancel      # a coroutine ends when its client has gone
+        self.waits = cancel       # it has a task to itself: see Guest
         self.slow = 0             # above SLOW_MEMORY: calls have blocked lately. The server's
 
     def blocked(self) -> None:
@@ -3368,18 +3377,6 @@ def parameters_of(callback: Callable) -> List[str]:
         return list(code.co_varnames[:code.co_argcount + code.co_kwonlyargcount])
     return [p.name for p in signature_of(callback) or ()
             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def yieldroutes(func: Callable) -> Iterator[str]:
-    """The rules of a function by its signature: a__b(x, y=5) -> "/a/b/<x>", "/a/b/<x>/<y>"."""
-    path = "/" + func.__name__.replace("__", "/").lstrip("/")
-    optional = {p.name for p in signature_of(func) or () if p.default is not p.empty}
-    for i, name in enumerate(parameters_of(func)):
-        if i or name != "request":
-            if name in optional:
-                yield path
-            path += f"/<{name}>"
-    yield path
 
 
 class Mount:
@@ -3542,11 +3539,6 @@ class App:
             raise AttributeError(f"{name} is set already: a conflict of plugins? `del` it first")
         object.__setattr__(self, name, value)
 
-    @cached_property
-    def resources(self) -> Any:
-        """Bottle's ResourceManager: it needs minibottle_resources.py beside us."""
-        return import_module(f"{THIS}.resources").ResourceManager()
-
     # False: exceptions go on to the server or middleware
     catchall = property(lambda self: self.config["catchall"],
                         lambda self, value: self.config.update(catchall=value))
@@ -3588,7 +3580,7 @@ class App:
                 raise RouteError(f"{name_of(callback)} has no verb such as get")
             if not listed(path) and not hasattr(callback, "__code__"):
                 raise RouteError("route() needs a rule, such as '/hello/<name>'")
-            for rule in listed(path) or yieldroutes(callback):
+            for rule in listed(path) or import_module(f"{THIS}.ext").yieldroutes(callback):
                 for verb in methods:
                     self.add_route(Route(self, rule, verb.upper(), callback, name, listed(apply),
                                          listed(skip), **config))
@@ -4444,7 +4436,7 @@ class Loop:
     def turn(self, me: Hand) -> None:
         """One poll, and what is due. Returns early when another thread has the loop."""
         ready, again = self.ready, self.again
-        if bridge.inbox:  # FAST: asyncio is woken once for all of a turn
+        if bridge.inbox or bridge.guests:  # FAST: asyncio is woken once for all of a turn
             bridge.ring()
         for fd, _ in self.poller.poll(0 if again else self.poll_timeout(), POLL_BATCH):
             c = ready.pop(fd, None)
@@ -5316,7 +5308,11 @@ class Worker(Loop):
     def respond(self, x: Exchange, result: Any, me: Hand) -> None:
         """Send what the application returned: any iterable of bytes."""
         if type(result) in (Pending, AsyncBody):
-            bridge.inbox.append((result.context, self.respond_async(x, result)))
+            steps = self.respond_async(x, result)
+            if x.plan.waits:
+                bridge.inbox.append((result.context, steps))
+            else:
+                bridge.guests.append(Guest(result.context, steps, x.plan))
             return None if me.holds else bridge.ring()  # the loop does it before it polls
         x.result = result
         try:
@@ -5457,6 +5453,7 @@ class Worker(Loop):
         step: Callable = bytes
         end: Callable = bytes
         if is_event_stream(x.headers):
+            await bridge.asyncio.sleep(0)  # from here on this task is its own: see Guest
             self.cancel_at_end(x)
         try:
             if self.negotiate(x, x.length):
@@ -6288,20 +6285,6 @@ route, get, post, put, delete, patch, error, hook, install, uninstall, mount, ur
                                "install", "uninstall", "mount", "get_url"))
 
 
-def load_app(target: str) -> Callable:
-    """"module:name" -> that application; "module" -> the default one that it fills. As it is
-    imported, its run() does nothing."""
-    global NORUN
-    before, NORUN = NORUN, True
-    made = default_app.push()
-    try:
-        found = load(target)
-        return found if callable(found) else made
-    finally:
-        default_app.remove(made)
-        NORUN = before
-
-
 # -- what is found under our name --
 
 class Finder:
@@ -6328,10 +6311,10 @@ sys.meta_path.append(Finder())
 COMPANIONS = {  # files that may lie beside this one, and the names that are had from here, too
     "adapters": "ServerAdapter WSGIRefServer", "client": "Client ClientError fetch fetch_sync",
     "cross_origin": "cross_origin_protection", "debugging": "", "events": "event_stream",
-    "ext": "PluginError install_as_bottle", "gzip_middleware": "GzipMiddleware",
-    "jinja": "Jinja2Template jinja2_template jinja2_view", "proxies": "", "reloading": "",
-    "resources": "ResourceManager", "route_list": "", "service": "", "status": "", "tls": "",
-    "testing": "Server TestClient",
+    "ext": "PluginError html_quote install_as_bottle load_app path_shift yieldroutes",
+    "gzip_middleware": "GzipMiddleware", "jinja": "Jinja2Template jinja2_template jinja2_view",
+    "ini": "", "proxies": "", "reloading": "", "resources": "ResourceManager", "route_list": "",
+    "service": "", "status": "", "testing": "Server TestClient", "tls": "",
     "websocket": "WebSocket WebSocketClosed WebSocketError connect_websocket"}
 
 
@@ -6369,7 +6352,9 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
         return
     if reloader and running is None:
         companion("reloading").keep_reloading(interval)
-    made: Any = load_app(app) if isinstance(app, str) else default_app() if app is None else app
+    made: Any = default_app() if app is None else app
+    if isinstance(app, str):
+        made = companion("ext").load_app(app)
     if debug is not None:
         set_debug(debug)
     for plugin in plugins or ():

@@ -8860,9 +8860,9 @@ EXAMPLES = {        # module: expression that gives the WSGI application
 LONGER = {"chat": 80, "dashboard": 175, "plot": 80, "sessions": 115, "upload": 80}        # lines
 # Files to lay beside minibottle.py: lines.
 VENDORED = {"adapters": 75, "client": 805, "cross_origin": 55, "debugging": 270, "events": 95,
-            "ext": 75, "gzip_middleware": 45, "jinja": 45, "proxies": 180, "reloading": 90,
-            "resources": 45, "route_list": 70, "service": 110, "status": 195, "testing": 390,
-            "tls": 185, "websocket": 1055}
+            "ext": 120, "gzip_middleware": 45, "ini": 30, "jinja": 45, "proxies": 180,
+            "reloading": 90, "resources": 45, "route_list": 70, "service": 110, "status": 195,
+            "testing": 390, "tls": 185, "websocket": 1055}
 SERVICES = ("example_bottle", "example_flask", "example_tornado")
 
 
@@ -10638,10 +10638,10 @@ class StatusTest(WireTest):
         return self.ask(url)[1]
 
     def grown(self, before, after):
-        """The counts that have changed."""
+        """The counts of requests that have changed."""
         rows = {**before, **before["responses"]}, {**after, **after["responses"]}
         return {name: rows[1][name] - number for name, number in rows[0].items()
-                if type(number) is int and rows[1][name] != number}
+                if type(number) is int and rows[1][name] != number and name != "starts"}
 
     def test_requests_are_counted_by_their_answers(self):
         app = app_of(lambda: "hello")
