@@ -9459,8 +9459,8 @@ class CompanionTest(unittest.TestCase):
             ". __future__ _thread asyncio atexit base64 binascii bisect codecs collections.abc "
             "configparser contextlib contextvars errno functools hashlib http.client importlib "
             "importlib.util inspect io ipaddress itertools json linecache logging os .proxies re "
-            "reprlib resource select selectors signal socket ssl stat subprocess sys threading time "
-            "traceback types typing urllib.parse urllib.request weakref .websocket "
+            "reprlib resource select selectors signal socket ssl stat subprocess sys threading "
+            "time traceback types typing urllib.parse urllib.request weakref .websocket "
             "wsgiref.simple_server zlib").split()))
 
     def test_their_functions_are_short(self):
