@@ -129,6 +129,7 @@ class Logger:
 
 
 log = Logger()
+THIS = "minibottle" if __name__ == "__main__" else __name__  # what this module is imported as
 
 
 # === 1. Errors and limits =====================================================
@@ -1421,20 +1422,20 @@ class Guest:
         self.steps = steps
         self.plan = plan
 
-    def __await__(self) -> Generator:
-        step, args, waits = self.steps.send, (None,), False
+    def __await__(self) -> Any:
+        step, sent, waits = self.steps.send, None, False
         while True:
             try:
-                wanted = self.context.run(step, *args)
+                wanted = self.context.run(step, sent)
             except StopIteration:
                 return waits
             if not waits:
                 waits = self.plan.waits = True
                 bridge.host()
             try:
-                step, args = self.steps.send, ((yield wanted),)
+                step, sent = self.steps.send, (yield wanted)
             except BaseException as error:
-                step, args = self.steps.throw, (error,)
+                step, sent = self.steps.throw, error
 
 
 class Bridge:
@@ -3121,9 +3122,6 @@ def view(name: str, /, **defaults: Any) -> Callable:
 # Routes, hooks and error handlers around the functions that people write, as one WSGI callable. A
 # request: minibottle_plan (server only) -> __call__ -> wsgi -> _handle (route, call) -> _respond
 # (hooks, if there are any; what awaits) -> _cast (what was returned to bytes) -> _start.
-
-THIS = "minibottle" if __name__ == "__main__" else __name__  # what this module is imported as
-
 
 def load(target: str, **names: object) -> Any:
     """"package.module" -> the module; "package.module:name" -> what it has under that name.
