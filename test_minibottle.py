@@ -14231,7 +14231,7 @@ class BottlesOwnTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             shutil.copytree(BOTTLE_TESTS, os.path.join(folder, "test"))
             shutil.copy(minibottle.__file__, os.path.join(folder, "bottle.py"))
-            for name in ("adapters", "ext", "jinja", "resources"):
+            for name in minibottle.COMPANIONS:
                 shutil.copy(companion_path(name), folder)
             done = subprocess.run(
                 [sys.executable, "-W", "ignore", "-c", RUN_BOTTLE_TESTS], cwd=folder,
