@@ -7112,9 +7112,10 @@ class AroundTest(WireTest):
 class Busy(threading.Thread):
     """A client that asks again and again, on one connection while that lasts."""
 
-    def __init__(self, url, path="/", reconnect=True, headers=None):
+    def __init__(self, url, path="/", reconnect=True, headers=None, method="GET"):
         super().__init__()
         self.url, self.path, self.reconnect, self.headers = url, path, reconnect, headers
+        self.method = method
         self.done = threading.Event()        # set to end it
         self.first = threading.Event()       # it has had an answer
         self.answers = collections.Counter()  # by body
@@ -7137,7 +7138,7 @@ class Busy(threading.Thread):
             client.connect()
             while not self.done.is_set():
                 try:
-                    status, headers, body = client.ask(self.path, headers=self.headers)
+                    status, headers, body = client.ask(self.path, self.method, None, self.headers)
                 except (OSError, http.client.HTTPException) as error:
                     self.lost.append((time.monotonic(), error))
                     return
@@ -10588,6 +10589,319 @@ class CommandCompanionsTest(PooledTest):
             self.assertTrue(wait_until(
                 lambda: len(json.loads(fetch(server.url, "/s")[2])["workers"]) == 2))
             self.assertEqual(server.stop(), 0)
+
+
+# The files of examples/deploy, each with the program that it is for.
+
+DEPLOY = os.path.join(ROOT, "examples", "deploy")
+HAPROXY = shutil.which("haproxy")
+OPEN_FD_3 = """
+import os, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.bind(sys.argv[1])
+sock.listen(1024)
+os.dup2(os.dup(sock.fileno()), 3)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+DEPLOYED = '''
+import asyncio
+from minibottle import App, event_stream, request
+
+app = App()
+
+@app.get("/")
+def index():
+    return "first"
+
+@app.route("/who", ["GET", "POST"])
+def who():
+    return request.remote_addr + " " + request.url
+
+@app.post("/size", stream=True)
+def size():
+    return str(sum(map(len, iter(lambda: request.environ["wsgi.input"].read(65536), b""))))
+
+@app.get("/ticks")
+def ticks():
+    return event_stream(count())
+
+async def count():
+    yield "first"
+    await asyncio.sleep(3600)
+
+@app.websocket("/echo")
+async def echo(ws, request):
+    async for message in ws:
+        await ws.send(message + " from " + request.remote_addr)
+'''
+
+
+def read_deploy(name, *changes):
+    """A file of examples/deploy with (old, new) put in; each must be there."""
+    with open(os.path.join(DEPLOY, name), encoding="utf-8") as file:
+        text = file.read()
+    for old, new in changes:
+        if old not in text:
+            raise AssertionError(f"no {old!r} in {name}")
+        text = text.replace(old, new)
+    return text
+
+
+def read_unit(name):
+    """{key: value} of a systemd unit."""
+    return dict(re.findall(r"^(\w+)=(.*)$", read_deploy(name), re.MULTILINE))
+
+
+def enter_class(cls, manager):
+    """What the manager gives, for all tests of the class."""
+    cls.addClassCleanup(manager.__exit__, None, None, None)
+    return manager.__enter__()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+@contextlib.contextmanager
+def run_program(argv, port, cwd=None, env=None):
+    """Any server, from when it accepts at this port; gives its URL."""
+    url = "http://127.0.0.1:%d" % port
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=said,
+                                   stderr=said)
+        try:
+            if not wait_until(lambda: process.poll() is not None or not is_refused(url)) \
+                    or process.poll() is not None:
+                said.seek(0)
+                raise AssertionError(said.read().decode())
+            yield url
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT)
+
+
+@contextlib.contextmanager
+def deployed_nginx(address):
+    """The URL of an nginx with our nginx.conf, in front of "unix:/path" or "host:port"."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "nginx.conf")
+        with open(os.path.join(folder, "app.conf"), "w") as file:
+            file.write(read_deploy("nginx.conf", ("listen 80;", f"listen 127.0.0.1:{port};"),
+                                   ("unix:/run/app.sock", address)))
+        with open(path, "w") as file:
+            file.write(f"daemon off; error_log stderr; pid {folder}/pid; worker_processes 2; "
+                       f"{'user root; ' if IS_ROOT else ''}events {{}} http {{ access_log off; ")
+            for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
+                file.write(f"{what}_temp_path {folder}/{what}; ")
+            file.write(f"include {folder}/app.conf; }}")
+        with run_program([NGINX, "-p", folder, "-c", path], port) as url:
+            yield url
+
+
+@contextlib.contextmanager
+def deployed_haproxy(urls):
+    """The URL of an HAProxy with our haproxy.cfg, in front of two servers."""
+    port = free_port()
+    one, two = (url.split("//")[1] for url in urls)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "haproxy.cfg")
+        with open(path, "w") as file:
+            file.write(read_deploy(
+                "haproxy.cfg", ("    user haproxy\n    group haproxy\n    log /dev/log local0\n", ""),
+                ("bind :80", f"bind 127.0.0.1:{port}"), ("10.0.0.11:8080", one),
+                ("10.0.0.12:8080", two)))
+        with run_program([HAPROXY, "-f", path], port) as url:
+            yield url
+
+
+@contextlib.contextmanager
+def deployed_service(target="app:app", files=None, **env):
+    """(its Command, its folder) of app.service with the socket of app.socket, as systemd runs it."""
+    python, path, *args = shlex.split(read_unit("app.service")["ExecStart"])
+    if (python, path, args[0]) != ("/usr/bin/python3", "/srv/app/minibottle.py", "app:app"):
+        raise AssertionError(python, path, args)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (files or {"app.py": DEPLOYED}).items():
+            with open(os.path.join(folder, name), "w") as file:
+                file.write(text)
+        opener = sys.executable, "-c", OPEN_FD_3, os.path.join(folder, "sock")
+        with serve(target, *args[1:], start=(FILE,), bind=False, cwd=folder, before=opener,
+                   **env) as server:
+            yield server, folder
+
+
+class DeployedChecks:
+    """What holds behind whichever proxy: `self.url` is its URL."""
+
+    def test_the_application_sees_the_client_and_the_url_that_it_has_asked_for(self):
+        lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil", "Forwarded": "for=6.6.6.6",
+                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https"}
+        for headers in {}, lies:
+            for method in "GET", "POST":
+                status, _, body = fetch(self.url, "/who?a=b", method, headers=headers)
+                self.assertEqual((status, body.decode()), (200, f"127.0.0.1 {self.url}/who?a=b"))
+
+    def test_connections_to_the_application_are_kept(self):
+        with Server(app_of(lambda: request.environ["REMOTE_PORT"]), port=0) as server, \
+                self.front(server.url) as url, contextlib.closing(Client(url)) as client:
+            ports = {client.ask()[2] for _ in range(50)}
+        self.assertLess(len(ports), 5)
+
+    def test_an_event_arrives_at_once(self):
+        with contextlib.closing(Client(self.url)) as client:
+            client.request("GET", "/ticks", headers={"Accept-Encoding": "gzip"})
+            answer = client.getresponse()
+            self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
+            inflater, said = zlib.decompressobj(31), b""
+            while b"data: first\n\n" not in said:
+                data = answer.read1(1000)
+                self.assertTrue(data)
+                said += inflater.decompress(data)
+
+    def test_an_upload_arrives_whole(self):
+        for body in b"x" * 10485760, (b"x" * 65536 for _ in range(160)):     # the second in chunks
+            self.assertEqual(fetch(self.url, "/size", "POST", body)[::2], (200, b"10485760"))
+
+    def test_a_websocket_passes(self):
+        async def talk():
+            async with connect_websocket(self.url.replace("http", "ws") + "/echo") as ws:
+                await ws.send("hello")
+                return await asyncio.wait_for(ws.receive(), TIMEOUT)
+        self.assertEqual(asyncio.run(talk()), "hello from 127.0.0.1")
+
+    def test_new_code_is_served_and_no_request_fails_when_the_servers_are_reloaded(self):
+        with self.asked() as clients:
+            for n in range(3):
+                text = f"code {n}".encode()
+                with open(os.path.join(self.folder, "app.py~"), "w") as file:
+                    file.write(DEPLOYED.replace('"first"', '"code %d"' % n + " " * n))
+                os.replace(os.path.join(self.folder, "app.py~"),
+                           os.path.join(self.folder, "app.py"))
+                for server in self.servers:
+                    old = {*server.children()}
+                    self.reload(server)
+                    self.assertTrue(wait_until(lambda: not old & {*server.children()}),
+                                    server.said())
+                self.assertEqual({fetch(self.url)[2] for _ in range(9)}, {text})
+        self.assertLessEqual({(200, b"code 1"), (200, b"code 2")}, {*clients[0].answers})
+
+    @contextlib.contextmanager
+    def asked(self, url=None):
+        """Clients that ask and post all the while, and get a 200 each time."""
+        url = url or self.url
+        with busy(3, url) as clients, busy(
+                2, url, headers={"Connection": "close"}) as others, busy(
+                2, url, "/size", method="POST") as posts:
+            yield clients
+        self.assertEqual({status for client in clients + others + posts
+                          for status, _ in client.answers}, {200})
+        for client in clients + others + posts:
+            self.assertEqual((client.lost, client.refused), ([], []))
+            self.assertGreater(sum(client.answers.values()), 20)
+
+
+@unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+class NginxDeployedTest(DeployedChecks, unittest.TestCase):
+    """nginx.conf, app.service and app.socket."""
+
+    @classmethod
+    def setUpClass(cls):
+        server, cls.folder = enter_class(cls, deployed_service())
+        cls.servers = [server]
+        cls.url = enter_class(cls, deployed_nginx(server.url))
+
+    @staticmethod
+    def front(url):
+        return deployed_nginx(url.split("//")[1])
+
+    @staticmethod
+    def reload(server):
+        command = read_unit("app.service")["ExecReload"].replace("$MAINPID", str(server.pid))
+        subprocess.check_call(shlex.split(command))
+
+
+@unittest.skipUnless(LONG and HAPROXY, "needs haproxy and MINIBOTTLE_LONG=1")
+class HaproxyDeployedTest(DeployedChecks, unittest.TestCase):
+    """haproxy.cfg, in front of two servers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = enter_class(cls, tempfile.TemporaryDirectory())
+        with open(os.path.join(cls.folder, "app.py"), "w") as file:
+            file.write(DEPLOYED)
+        cls.servers = [enter_class(cls, serve(
+            "app:app", "--workers", "2", "--trusted-proxies", "127.0.0.1", "--no-access-log",
+            cwd=cls.folder)) for _ in range(2)]
+        cls.url = enter_class(cls, cls.front(*(server.url for server in cls.servers)))
+
+    @staticmethod
+    def front(one, two=None):
+        return deployed_haproxy([one, two or one])
+
+    @staticmethod
+    def reload(server):
+        server.process.send_signal(signal.SIGHUP)
+
+    def test_one_machine_may_stop(self):
+        bind = "127.0.0.1:%d" % free_port()
+        with serve("app:app", "--bind", bind, cwd=self.folder) as leaving, \
+                deployed_haproxy([leaving.url, self.servers[0].url]) as url, \
+                self.asked(url):
+            self.assertEqual(leaving.stop(), 0)
+            time.sleep(0.5)
+
+
+@needs("flask")
+@unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+class FlaskDeployedTest(ServiceChecks, unittest.TestCase):
+    """A Flask application by app.service, behind nginx."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def serve():
+        with deployed_service("examples.example_flask:app") as (server, _), \
+                deployed_nginx(server.url) as url:
+            yield url
+            server.stop()
+
+
+class OtherServerChecks(ServiceChecks):
+    """An application of minibottle by a line of other_servers.md."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def serve(cls):
+        line, = re.findall(rf"^    ((?:python -m )?{cls.name} .*)", read_deploy("other_servers.md"),
+                           re.MULTILINE)
+        port = free_port()
+        argv = shlex.split(line.replace("127.0.0.1:8080", f"127.0.0.1:{port}"))
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "app.py"), "w") as file:
+                file.write("from examples.example_bottle import Service\n\napp = Service()\n")
+            path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+            env = make_environment(XDG_RUNTIME_DIR=folder, PATH=path)
+            with run_program(argv, port, folder, env) as url:
+                yield url
+
+
+@needs("gunicorn")
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class GunicornLineTest(OtherServerChecks, unittest.TestCase):
+    name = "gunicorn"
+
+
+@needs("pyuwsgi")
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class UwsgiLineTest(OtherServerChecks, unittest.TestCase):
+    name = "uwsgi"
+
+
+@needs("cheroot")
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class CherootLineTest(OtherServerChecks, unittest.TestCase):
+    name = "cheroot"
 
 
 # === 18. WebSocket ============================================================
