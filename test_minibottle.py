@@ -10623,7 +10623,7 @@ def size():
 
 @app.get("/ticks")
 def ticks():
-    return event_stream(count())
+    return event_stream(count(), keepalive=0.5)
 
 async def count():
     yield "first"
@@ -10779,11 +10779,11 @@ class DeployedChecks:
                     file.write(DEPLOYED.replace('"first"', '"code %d"' % n + " " * n))
                 os.replace(os.path.join(self.folder, "app.py~"),
                            os.path.join(self.folder, "app.py"))
+                old = {pid for server in self.servers for pid in server.children()}
                 for server in self.servers:
-                    old = {*server.children()}
                     self.reload(server)
-                    self.assertTrue(wait_until(lambda: not old & {*server.children()}),
-                                    server.said())
+                self.assertTrue(wait_until(lambda: not old & {
+                    pid for server in self.servers for pid in server.children()}))
                 self.assertEqual({fetch(self.url)[2] for _ in range(9)}, {text})
         self.assertLessEqual({(200, b"code 1"), (200, b"code 2")}, {*clients[0].answers})
 
@@ -10865,6 +10865,90 @@ class FlaskDeployedTest(ServiceChecks, unittest.TestCase):
                 deployed_nginx(server.url) as url:
             yield url
             server.stop()
+
+
+DJANGO_SERVED = """
+from django.contrib.staticfiles.handlers import StaticFilesHandler
+from shop.wsgi import application
+
+app = StaticFilesHandler(application)
+"""
+
+
+@needs("django")
+@unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+class DjangoDeployedTest(unittest.TestCase):
+    """A new project of Django by app.service, behind nginx; its admin is looked at."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.project = enter_class(cls, tempfile.TemporaryDirectory())
+        cls.env = make_environment(DJANGO_SUPERUSER_PASSWORD="tea-4-two", PYTHONPATH=cls.project)
+        for args in (("-m", "django", "startproject", "shop", "."), ("manage.py", "migrate", "-v0"),
+                     ("manage.py", "createsuperuser", "--noinput", "--username=ada",
+                      "--email=ada@example.org")):
+            if args[1] == "migrate":
+                with open(os.path.join(cls.project, "shop", "settings.py"), "a") as file:
+                    file.write("DEBUG = False\nALLOWED_HOSTS = ['127.0.0.1']\n")
+            subprocess.run([sys.executable, *args], cwd=cls.project, env=cls.env, check=True,
+                           stdout=subprocess.DEVNULL, timeout=3 * TIMEOUT)
+        server, _ = enter_class(cls, deployed_service(
+            files={"app.py": DJANGO_SERVED}, PYTHONPATH=cls.project))
+        cls.url = enter_class(cls, deployed_nginx(server.url))
+
+    def test_its_admin_sends_a_guest_to_the_login(self):
+        status, headers, _ = fetch(self.url, "/admin/")
+        self.assertEqual((status, headers["Location"]), (302, "/admin/login/?next=/admin/"))
+        self.assertEqual(fetch(self.url, "/no")[0], 404)
+
+    def test_ada_logs_in_and_out_again(self):
+        with contextlib.closing(Client(self.url)) as client:
+            cookies = {}
+            page = self.ask(client, cookies, "/admin/login/?next=/admin/")[2]
+            self.assertIn("Log in | Django site admin", page)
+            form = {"username": "ada", "password": "wrong", "next": "/admin/"}
+            status, _, page = self.ask(client, cookies, "/admin/login/", page, **form)
+            self.assertEqual((status, "Please enter the correct username" in page), (200, True))
+            form["password"] = "tea-4-two"
+            status, headers, _ = self.ask(client, cookies, "/admin/login/", page, **form)
+            self.assertEqual((status, headers["Location"]), (302, "/admin/"))
+            status, _, page = self.ask(client, cookies, "/admin/")
+            self.assertEqual((status, "Site administration" in page), (200, True))
+            status, _, page = self.ask(client, cookies, "/admin/auth/user/")
+            self.assertEqual((status, "ada@example.org" in page), (200, True))
+            self.assertEqual(self.ask(client, cookies, "/admin/logout/", page)[0], 200)
+            self.assertEqual(self.ask(client, cookies, "/admin/")[0], 302)
+
+    def test_a_form_from_another_origin_is_refused(self):
+        with contextlib.closing(Client(self.url)) as client:
+            cookies = {}
+            page = self.ask(client, cookies, "/admin/login/")[2]
+            self.assertEqual(self.ask(client, cookies, "/admin/login/", page,
+                                      origin="http://evil.example")[0], 403)
+
+    def test_static_files_of_the_admin(self):
+        status, headers, body = fetch(self.url, "/static/admin/css/base.css")
+        self.assertEqual((status, headers.get_content_type()), (200, "text/css"))
+        self.assertEqual(len(body), int(headers["Content-Length"]))
+        status, _, body = fetch(self.url, "/static/admin/css/base.css", headers={
+            "If-Modified-Since": headers["Last-Modified"]})
+        self.assertEqual((status, body), (304, b""))
+
+    def ask(self, client, cookies, path, page=None, origin=None, **form):
+        """A GET or, after a `page`, a POST of its form, as a browser sends it."""
+        headers = {"Cookie": "; ".join(f"{key}={value}" for key, value in cookies.items())}
+        body = None
+        if page is not None:
+            form["csrfmiddlewaretoken"] = re.search(
+                'name="csrfmiddlewaretoken" value="(.+?)"', page)[1]
+            headers["Origin"] = origin or self.url
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urllib.parse.urlencode(form)
+        status, answered, data = client.ask(path, "POST" if body else "GET", body, headers)
+        for line in answered.get_all("Set-Cookie", ()):
+            key, value = line.partition(";")[0].split("=", 1)
+            cookies[key] = value
+        return status, answered, data.decode()
 
 
 class OtherServerChecks(ServiceChecks):
