@@ -1062,26 +1062,49 @@ def find_browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 @contextlib.contextmanager
-def nginx_in_front(behind, directives=""):
-    """The URL of an nginx that passes on to another server's."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        taken.close()
+def run_program(argv, port, cwd=None, env=None):
+    """Any server, from when it accepts at this port; gives its URL."""
+    url = "http://127.0.0.1:%d" % port
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=said,
+                                   stderr=said)
+        try:
+            if not wait_until(lambda: process.poll() is not None or not is_refused(url)) \
+                    or process.poll() is not None:
+                said.seek(0)
+                raise AssertionError(said.read().decode())
+            yield url
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT)
+
+
+@contextlib.contextmanager
+def run_nginx(port, text):
+    """The URL of an nginx with this within `http { }`, which listens at this port."""
+    with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "nginx.conf")
         with open(path, "w") as file:
-            file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
+            file.write(f"daemon off; error_log stderr; pid {folder}/pid; worker_processes 2; "
+                       f"{'user root; ' if IS_ROOT else ''}events {{}} http {{ access_log off; ")
             for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
-                file.write("%s_temp_path %s/%s; " % (what, folder, what))
-            file.write("access_log off; %s server { listen 127.0.0.1:%d; location / { "
-                       "proxy_pass %s; } } }" % (directives, port, behind))
-        nginx = subprocess.Popen([NGINX, "-p", folder, "-c", path])
-        try:
-            wait_until(lambda: not is_refused("http://127.0.0.1:%d" % port))
-            yield "http://127.0.0.1:%d" % port
-        finally:
-            nginx.terminate()
-            nginx.wait(TIMEOUT)
+                file.write(f"{what}_temp_path {folder}/{what}; ")
+            file.write(text + "}")
+        with run_program([NGINX, "-p", folder, "-c", path], port) as url:
+            yield url
+
+
+def nginx_in_front(behind, directives=""):
+    """The URL of an nginx that passes on to another server's."""
+    port = free_port()
+    return run_nginx(port, f"{directives} server {{ listen 127.0.0.1:{port}; location / {{ "
+                           f"proxy_pass {behind}; }} }}")
 
 
 NGINX = shutil.which("nginx")
@@ -10654,50 +10677,16 @@ def read_unit(name):
 
 def enter_class(cls, manager):
     """What the manager gives, for all tests of the class."""
+    given = manager.__enter__()
     cls.addClassCleanup(manager.__exit__, None, None, None)
-    return manager.__enter__()
+    return given
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-@contextlib.contextmanager
-def run_program(argv, port, cwd=None, env=None):
-    """Any server, from when it accepts at this port; gives its URL."""
-    url = "http://127.0.0.1:%d" % port
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=said,
-                                   stderr=said)
-        try:
-            if not wait_until(lambda: process.poll() is not None or not is_refused(url)) \
-                    or process.poll() is not None:
-                said.seek(0)
-                raise AssertionError(said.read().decode())
-            yield url
-        finally:
-            process.terminate()
-            process.wait(TIMEOUT)
-
-
-@contextlib.contextmanager
 def deployed_nginx(address):
     """The URL of an nginx with our nginx.conf, in front of "unix:/path" or "host:port"."""
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "nginx.conf")
-        with open(os.path.join(folder, "app.conf"), "w") as file:
-            file.write(read_deploy("nginx.conf", ("listen 80;", f"listen 127.0.0.1:{port};"),
-                                   ("unix:/run/app.sock", address)))
-        with open(path, "w") as file:
-            file.write(f"daemon off; error_log stderr; pid {folder}/pid; worker_processes 2; "
-                       f"{'user root; ' if IS_ROOT else ''}events {{}} http {{ access_log off; ")
-            for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
-                file.write(f"{what}_temp_path {folder}/{what}; ")
-            file.write(f"include {folder}/app.conf; }}")
-        with run_program([NGINX, "-p", folder, "-c", path], port) as url:
-            yield url
+    return run_nginx(port, read_deploy("nginx.conf", ("listen 80;", f"listen 127.0.0.1:{port};"),
+                                       ("unix:/run/app.sock", address)))
 
 
 @contextlib.contextmanager
@@ -10709,16 +10698,16 @@ def deployed_haproxy(urls):
         path = os.path.join(folder, "haproxy.cfg")
         with open(path, "w") as file:
             file.write(read_deploy(
-                "haproxy.cfg", ("    user haproxy\n    group haproxy\n    log /dev/log local0\n", ""),
-                ("bind :80", f"bind 127.0.0.1:{port}"), ("10.0.0.11:8080", one),
-                ("10.0.0.12:8080", two)))
+                "haproxy.cfg", ("    user haproxy\n    group haproxy\n", ""),
+                ("    log /dev/log local0\n", ""), ("bind :80", f"bind 127.0.0.1:{port}"),
+                ("10.0.0.11:8080", one), ("10.0.0.12:8080", two)))
         with run_program([HAPROXY, "-f", path], port) as url:
             yield url
 
 
 @contextlib.contextmanager
 def deployed_service(target="app:app", files=None, **env):
-    """(its Command, its folder) of app.service with the socket of app.socket, as systemd runs it."""
+    """(its Command, its folder) of app.service, with a socket that it is given as by systemd."""
     python, path, *args = shlex.split(read_unit("app.service")["ExecStart"])
     if (python, path, args[0]) != ("/usr/bin/python3", "/srv/app/minibottle.py", "app:app"):
         raise AssertionError(python, path, args)
@@ -10732,12 +10721,41 @@ def deployed_service(target="app:app", files=None, **env):
             yield server, folder
 
 
+class DeployFilesTest(unittest.TestCase):
+    """What is said in examples/deploy agrees, with itself and with minibottle's settings."""
+
+    def seconds(self, name, key):
+        number, unit = re.search(rf"{key}[ =](\d+)([smh]?)\b", read_deploy(name)).groups()
+        return int(number) * {"": 1, "s": 1, "m": 60, "h": 3600}[unit]
+
+    def test_connections_are_kept_for_less_and_calls_waited_for_longer_than_by_minibottle(self):
+        settings = Settings()
+        for name, key in (("nginx.conf", "keepalive_timeout"),
+                          ("haproxy.cfg", "pool-purge-delay")):
+            self.assertLess(self.seconds(name, key), settings.keepalive_timeout)
+        for name, key in (("nginx.conf", "proxy_read_timeout"), ("haproxy.cfg", "timeout server")):
+            self.assertGreater(self.seconds(name, key), settings.worker_timeout)
+        self.assertGreater(self.seconds("app.service", "TimeoutStopSec"), settings.grace)
+        self.assertIn(f"client_max_body_size {settings.max_body >> 20}m;",
+                      read_deploy("nginx.conf"))
+
+    def test_nginx_connects_where_systemd_listens(self):
+        path = read_unit("app.socket")["ListenStream"]
+        self.assertIn(f"server unix:{path} ", read_deploy("nginx.conf"))
+
+    def test_each_file_says_first_how_it_is_used(self):
+        for name in os.listdir(DEPLOY):
+            head = read_deploy(name).partition("\n\n")[0]
+            self.assertTrue(all(line[:1] == "#" for line in head.splitlines()), name)
+
+
 class DeployedChecks:
     """What holds behind whichever proxy: `self.url` is its URL."""
 
     def test_the_application_sees_the_client_and_the_url_that_it_has_asked_for(self):
-        lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil", "Forwarded": "for=6.6.6.6",
-                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https"}
+        lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil",
+                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https",
+                "Forwarded": "for=6.6.6.6"}
         for headers in {}, lies:
             for method in "GET", "POST":
                 status, _, body = fetch(self.url, "/who?a=b", method, headers=headers)
