@@ -799,11 +799,11 @@ class Command:
     STARTED = re.compile(r"minibottle: \S+ on (\S.*), (one process|\d+ workers?), Python ")
 
     def __init__(self, *args, before=(), python=(), start=("-m", "minibottle"), bind=True,
-                 cwd=None, **env):
+                 cwd=None, pass_fds=(), **env):
         self.argv = [*before, sys.executable, *python, *start, *args]
         if bind and "--bind" not in args:
             self.argv += ["--bind", "127.0.0.1:0"]
-        self.cwd, self.env = cwd or FOLDER, make_environment(**env)
+        self.cwd, self.env, self.pass_fds = cwd or FOLDER, make_environment(**env), pass_fds
         self.out, self.err = [], []
         self.changed = threading.Condition()
         self.status = None
@@ -811,7 +811,8 @@ class Command:
     def __enter__(self):
         self.process = subprocess.Popen(
             self.argv, cwd=self.cwd, env=self.env, start_new_session=True, universal_newlines=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=self.pass_fds)
         self.pid = self.process.pid
         self.readers = [threading.Thread(target=self.read, args=pair) for pair in (
             (self.process.stdout, self.out), (self.process.stderr, self.err))]
@@ -10618,14 +10619,7 @@ class CommandCompanionsTest(PooledTest):
 
 DEPLOY = os.path.join(ROOT, "examples", "deploy")
 HAPROXY = shutil.which("haproxy")
-OPEN_FD_3 = """
-import os, socket, sys
-sock = socket.socket(socket.AF_UNIX)
-sock.bind(sys.argv[1])
-sock.listen(1024)
-os.dup2(os.dup(sock.fileno()), 3)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
+GIVE_FD_3 = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.execvp(sys.argv[2], sys.argv[2:])"
 DEPLOYED = '''
 import asyncio
 from minibottle import App, event_stream, request
@@ -10706,19 +10700,30 @@ def deployed_haproxy(urls):
 
 
 @contextlib.contextmanager
-def deployed_service(target="app:app", files=None, **env):
-    """(its Command, its folder) of app.service, with a socket that it is given as by systemd."""
+def listen_unix():
+    """A listening socket, as app.socket tells systemd to make; its folder goes with it."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.path.join(folder, "sock"))
+        sock.listen(1024)
+        yield sock
+
+
+def deployed_service(sock, folder, target="app:app", **env):
+    """The Command of app.service, which is given this socket."""
     python, path, *args = shlex.split(read_unit("app.service")["ExecStart"])
     if (python, path, args[0]) != ("/usr/bin/python3", "/srv/app/minibottle.py", "app:app"):
-        raise AssertionError(python, path, args)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in (files or {"app.py": DEPLOYED}).items():
-            with open(os.path.join(folder, name), "w") as file:
-                file.write(text)
-        opener = sys.executable, "-c", OPEN_FD_3, os.path.join(folder, "sock")
-        with serve(target, *args[1:], start=(FILE,), bind=False, cwd=folder, before=opener,
-                   **env) as server:
-            yield server, folder
+        raise AssertionError((python, path, args))
+    fd = sock.fileno()
+    return serve(target, *args[1:], start=(FILE,), bind=False, cwd=folder, pass_fds=(fd,),
+                 before=(sys.executable, "-c", GIVE_FD_3, str(fd)), **env)
+
+
+def write_app(folder, code=DEPLOYED):
+    """app.py of this folder, put there in one step."""
+    path = os.path.join(folder, "app.py")
+    with open(path + "~", "w") as file:
+        file.write(code)
+    os.replace(path + "~", path)
 
 
 class DeployFilesTest(unittest.TestCase):
@@ -10756,10 +10761,11 @@ class DeployedChecks:
         lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil",
                 "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https",
                 "Forwarded": "for=6.6.6.6"}
-        for headers in {}, lies:
+        named = {"Host": "example.org", **lies}
+        for headers, url in (({}, self.url), (lies, self.url), (named, "http://example.org")):
             for method in "GET", "POST":
                 status, _, body = fetch(self.url, "/who?a=b", method, headers=headers)
-                self.assertEqual((status, body.decode()), (200, f"127.0.0.1 {self.url}/who?a=b"))
+                self.assertEqual((status, body.decode()), (200, f"127.0.0.1 {url}/who?a=b"))
 
     def test_connections_to_the_application_are_kept(self):
         with Server(app_of(lambda: request.environ["REMOTE_PORT"]), port=0) as server, \
@@ -10793,10 +10799,7 @@ class DeployedChecks:
         with self.asked() as clients:
             for n in range(3):
                 text = f"code {n}".encode()
-                with open(os.path.join(self.folder, "app.py~"), "w") as file:
-                    file.write(DEPLOYED.replace('"first"', '"code %d"' % n + " " * n))
-                os.replace(os.path.join(self.folder, "app.py~"),
-                           os.path.join(self.folder, "app.py"))
+                write_app(self.folder, DEPLOYED.replace('"first"', '"code %d"' % n + " " * n))
                 old = {pid for server in self.servers for pid in server.children()}
                 for server in self.servers:
                     self.reload(server)
@@ -10826,9 +10829,11 @@ class NginxDeployedTest(DeployedChecks, unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        server, cls.folder = enter_class(cls, deployed_service())
-        cls.servers = [server]
-        cls.url = enter_class(cls, deployed_nginx(server.url))
+        cls.folder = enter_class(cls, tempfile.TemporaryDirectory())
+        write_app(cls.folder)
+        sock = enter_class(cls, listen_unix())
+        cls.servers = [enter_class(cls, deployed_service(sock, cls.folder))]
+        cls.url = enter_class(cls, deployed_nginx("unix:" + sock.getsockname()))
 
     @staticmethod
     def front(url):
@@ -10839,6 +10844,18 @@ class NginxDeployedTest(DeployedChecks, unittest.TestCase):
         command = read_unit("app.service")["ExecReload"].replace("$MAINPID", str(server.pid))
         subprocess.check_call(shlex.split(command))
 
+    def test_who_asks_while_the_service_restarts_waits_and_no_request_fails(self):
+        def count():
+            return sum(sum(client.answers.values()) for client in clients)
+        with listen_unix() as sock, deployed_nginx("unix:" + sock.getsockname()) as url, \
+                contextlib.ExitStack() as stack:
+            server = stack.enter_context(deployed_service(sock, self.folder))
+            with self.asked(url) as clients:
+                self.assertEqual(server.stop(), 0)
+                before = count()
+                stack.enter_context(deployed_service(sock, self.folder))
+                self.assertTrue(wait_until(lambda: count() > before + 50))
+
 
 @unittest.skipUnless(LONG and HAPROXY, "needs haproxy and MINIBOTTLE_LONG=1")
 class HaproxyDeployedTest(DeployedChecks, unittest.TestCase):
@@ -10847,8 +10864,7 @@ class HaproxyDeployedTest(DeployedChecks, unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = enter_class(cls, tempfile.TemporaryDirectory())
-        with open(os.path.join(cls.folder, "app.py"), "w") as file:
-            file.write(DEPLOYED)
+        write_app(cls.folder)
         cls.servers = [enter_class(cls, serve(
             "app:app", "--workers", "2", "--trusted-proxies", "127.0.0.1", "--no-access-log",
             cwd=cls.folder)) for _ in range(2)]
@@ -10879,10 +10895,9 @@ class FlaskDeployedTest(ServiceChecks, unittest.TestCase):
     @staticmethod
     @contextlib.contextmanager
     def serve():
-        with deployed_service("examples.example_flask:app") as (server, _), \
-                deployed_nginx(server.url) as url:
+        with listen_unix() as sock, deployed_nginx("unix:" + sock.getsockname()) as url, \
+                deployed_service(sock, ROOT, "examples.example_flask:app"):
             yield url
-            server.stop()
 
 
 DJANGO_SERVED = """
@@ -10910,9 +10925,10 @@ class DjangoDeployedTest(unittest.TestCase):
                     file.write("DEBUG = False\nALLOWED_HOSTS = ['127.0.0.1']\n")
             subprocess.run([sys.executable, *args], cwd=cls.project, env=cls.env, check=True,
                            stdout=subprocess.DEVNULL, timeout=3 * TIMEOUT)
-        server, _ = enter_class(cls, deployed_service(
-            files={"app.py": DJANGO_SERVED}, PYTHONPATH=cls.project))
-        cls.url = enter_class(cls, deployed_nginx(server.url))
+        write_app(cls.project, DJANGO_SERVED)
+        sock = enter_class(cls, listen_unix())
+        enter_class(cls, deployed_service(sock, cls.project))
+        cls.url = enter_class(cls, deployed_nginx("unix:" + sock.getsockname()))
 
     def test_its_admin_sends_a_guest_to_the_login(self):
         status, headers, _ = fetch(self.url, "/admin/")
