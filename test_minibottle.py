@@ -800,11 +800,11 @@ class Command:
     STARTED = re.compile(r"minibottle: \S+ on (\S.*), (one process|\d+ workers?), Python ")
 
     def __init__(self, *args, before=(), python=(), start=("-m", "minibottle"), bind=True,
-                 cwd=None, **env):
+                 cwd=None, pass_fds=(), **env):
         self.argv = [*before, sys.executable, *python, *start, *args]
         if bind and "--bind" not in args:
             self.argv += ["--bind", "127.0.0.1:0"]
-        self.cwd, self.env = cwd or FOLDER, make_environment(**env)
+        self.cwd, self.env, self.pass_fds = cwd or FOLDER, make_environment(**env), pass_fds
         self.out, self.err = [], []
         self.changed = threading.Condition()
         self.status = None
@@ -812,7 +812,8 @@ class Command:
     def __enter__(self):
         self.process = subprocess.Popen(
             self.argv, cwd=self.cwd, env=self.env, start_new_session=True, universal_newlines=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=self.pass_fds)
         self.pid = self.process.pid
         self.readers = [threading.Thread(target=self.read, args=pair) for pair in (
             (self.process.stdout, self.out), (self.process.stderr, self.err))]
@@ -1063,26 +1064,49 @@ def find_browser():
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
 @contextlib.contextmanager
-def nginx_in_front(behind, directives=""):
-    """The URL of an nginx that passes on to another server's."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        taken.close()
+def run_program(argv, port, cwd=None, env=None):
+    """Any server, from when it accepts at this port; gives its URL."""
+    url = "http://127.0.0.1:%d" % port
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=said,
+                                   stderr=said)
+        try:
+            if not wait_until(lambda: process.poll() is not None or not is_refused(url)) \
+                    or process.poll() is not None:
+                said.seek(0)
+                raise AssertionError(said.read().decode())
+            yield url
+        finally:
+            process.terminate()
+            process.wait(TIMEOUT)
+
+
+@contextlib.contextmanager
+def run_nginx(port, text):
+    """The URL of an nginx with this within `http { }`, which listens at this port."""
+    with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "nginx.conf")
         with open(path, "w") as file:
-            file.write("daemon off; error_log stderr; pid %s/pid; events {} http { " % folder)
+            file.write(f"daemon off; error_log stderr; pid {folder}/pid; worker_processes 2; "
+                       f"{'user root; ' if IS_ROOT else ''}events {{}} http {{ access_log off; ")
             for what in "client_body", "proxy", "fastcgi", "uwsgi", "scgi":
-                file.write("%s_temp_path %s/%s; " % (what, folder, what))
-            file.write("access_log off; %s server { listen 127.0.0.1:%d; location / { "
-                       "proxy_pass %s; } } }" % (directives, port, behind))
-        nginx = subprocess.Popen([NGINX, "-p", folder, "-c", path])
-        try:
-            wait_until(lambda: not is_refused("http://127.0.0.1:%d" % port))
-            yield "http://127.0.0.1:%d" % port
-        finally:
-            nginx.terminate()
-            nginx.wait(TIMEOUT)
+                file.write(f"{what}_temp_path {folder}/{what}; ")
+            file.write(text + "}")
+        with run_program([NGINX, "-p", folder, "-c", path], port) as url:
+            yield url
+
+
+def nginx_in_front(behind, directives=""):
+    """The URL of an nginx that passes on to another server's."""
+    port = free_port()
+    return run_nginx(port, f"{directives} server {{ listen 127.0.0.1:{port}; location / {{ "
+                           f"proxy_pass {behind}; }} }}")
 
 
 NGINX = shutil.which("nginx")
@@ -7272,9 +7296,10 @@ class AroundTest(WireTest):
 class Busy(threading.Thread):
     """A client that asks again and again, on one connection while that lasts."""
 
-    def __init__(self, url, path="/", reconnect=True, headers=None):
+    def __init__(self, url, path="/", reconnect=True, headers=None, method="GET"):
         super().__init__()
         self.url, self.path, self.reconnect, self.headers = url, path, reconnect, headers
+        self.method = method
         self.done = threading.Event()        # set to end it
         self.first = threading.Event()       # it has had an answer
         self.answers = collections.Counter()  # by body
@@ -7297,7 +7322,7 @@ class Busy(threading.Thread):
             client.connect()
             while not self.done.is_set():
                 try:
-                    status, headers, body = client.ask(self.path, headers=self.headers)
+                    status, headers, body = client.ask(self.path, self.method, None, self.headers)
                 except (OSError, http.client.HTTPException) as error:
                     self.lost.append((time.monotonic(), error))
                     return
@@ -10812,6 +10837,413 @@ class CommandCompanionsTest(PooledTest):
             self.assertTrue(wait_until(
                 lambda: len(json.loads(fetch(server.url, "/s")[2])["workers"]) == 2))
             self.assertEqual(server.stop(), 0)
+
+
+# The files of examples/deploy, each with the program that it is for.
+
+DEPLOY = os.path.join(ROOT, "examples", "deploy")
+HAPROXY = shutil.which("haproxy")
+GIVE_FD_3 = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.execvp(sys.argv[2], sys.argv[2:])"
+DEPLOYED = '''
+import asyncio
+from minibottle import App, event_stream, request
+
+app = App()
+
+@app.get("/")
+def index():
+    return "first"
+
+@app.route("/who", ["GET", "POST"])
+def who():
+    return request.remote_addr + " " + request.url
+
+@app.post("/size", stream=True)
+def size():
+    return str(sum(map(len, iter(lambda: request.environ["wsgi.input"].read(65536), b""))))
+
+@app.get("/ticks")
+def ticks():
+    return event_stream(count(), keepalive=0.5)
+
+async def count():
+    yield "first"
+    await asyncio.sleep(3600)
+
+@app.websocket("/echo")
+async def echo(ws, request):
+    async for message in ws:
+        await ws.send(message + " from " + request.remote_addr)
+'''
+
+
+def read_deploy(name, *changes):
+    """A file of examples/deploy with (old, new) put in; each must be there."""
+    with open(os.path.join(DEPLOY, name), encoding="utf-8") as file:
+        text = file.read()
+    for old, new in changes:
+        if old not in text:
+            raise AssertionError(f"no {old!r} in {name}")
+        text = text.replace(old, new)
+    return text
+
+
+def read_unit(name):
+    """{key: value} of a systemd unit."""
+    return dict(re.findall(r"^(\w+)=(.*)$", read_deploy(name), re.MULTILINE))
+
+
+def enter_class(cls, manager):
+    """What the manager gives, for all tests of the class."""
+    given = manager.__enter__()
+    cls.addClassCleanup(manager.__exit__, None, None, None)
+    return given
+
+
+def deployed_nginx(address):
+    """The URL of an nginx with our nginx.conf, in front of "unix:/path" or "host:port"."""
+    port = free_port()
+    return run_nginx(port, read_deploy("nginx.conf", ("listen 80;", f"listen 127.0.0.1:{port};"),
+                                       ("unix:/run/app.sock", address)))
+
+
+@contextlib.contextmanager
+def deployed_haproxy(urls):
+    """The URL of an HAProxy with our haproxy.cfg, in front of two servers."""
+    port = free_port()
+    one, two = (url.split("//")[1] for url in urls)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "haproxy.cfg")
+        with open(path, "w") as file:
+            file.write(read_deploy(
+                "haproxy.cfg", ("    user haproxy\n    group haproxy\n", ""),
+                ("    log /dev/log local0\n", ""), ("bind :80", f"bind 127.0.0.1:{port}"),
+                ("10.0.0.11:8080", one), ("10.0.0.12:8080", two)))
+        with run_program([HAPROXY, "-f", path], port) as url:
+            yield url
+
+
+@contextlib.contextmanager
+def listen_unix():
+    """A listening socket, as app.socket tells systemd to make; its folder goes with it."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(os.path.join(folder, "sock"))
+        sock.listen(1024)
+        yield sock
+
+
+def deployed_service(sock, folder, target="app:app", **env):
+    """The Command of app.service, which is given this socket."""
+    python, path, *args = shlex.split(read_unit("app.service")["ExecStart"])
+    if (python, path, args[0]) != ("/usr/bin/python3", "/srv/app/minibottle.py", "app:app"):
+        raise AssertionError((python, path, args))
+    fd = sock.fileno()
+    return serve(target, *args[1:], start=(FILE,), bind=False, cwd=folder, pass_fds=(fd,),
+                 before=(sys.executable, "-c", GIVE_FD_3, str(fd)), **env)
+
+
+def write_app(folder, code=DEPLOYED):
+    """app.py of this folder, put there in one step."""
+    path = os.path.join(folder, "app.py")
+    with open(path + "~", "w") as file:
+        file.write(code)
+    os.replace(path + "~", path)
+
+
+class DeployFilesTest(unittest.TestCase):
+    """What is said in examples/deploy agrees, with itself and with minibottle's settings."""
+
+    def seconds(self, name, key):
+        number, unit = re.search(rf"{key}[ =](\d+)([smh]?)\b", read_deploy(name)).groups()
+        return int(number) * {"": 1, "s": 1, "m": 60, "h": 3600}[unit]
+
+    def test_connections_are_kept_for_less_and_calls_waited_for_longer_than_by_minibottle(self):
+        settings = Settings()
+        for name, key in (("nginx.conf", "keepalive_timeout"),
+                          ("haproxy.cfg", "pool-purge-delay")):
+            self.assertLess(self.seconds(name, key), settings.keepalive_timeout)
+        for name, key in (("nginx.conf", "proxy_read_timeout"), ("haproxy.cfg", "timeout server")):
+            self.assertGreater(self.seconds(name, key), settings.worker_timeout)
+        self.assertGreater(self.seconds("app.service", "TimeoutStopSec"), settings.grace)
+        self.assertIn(f"client_max_body_size {settings.max_body >> 20}m;",
+                      read_deploy("nginx.conf"))
+
+    def test_nginx_connects_where_systemd_listens(self):
+        path = read_unit("app.socket")["ListenStream"]
+        self.assertIn(f"server unix:{path} ", read_deploy("nginx.conf"))
+
+    def test_each_file_says_first_how_it_is_used(self):
+        for name in os.listdir(DEPLOY):
+            head = read_deploy(name).partition("\n\n")[0]
+            self.assertTrue(all(line[:1] == "#" for line in head.splitlines()), name)
+
+
+class DeployedChecks:
+    """What holds behind whichever proxy: `self.url` is its URL."""
+
+    def test_the_application_sees_the_client_and_the_url_that_it_has_asked_for(self):
+        lies = {"X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil",
+                "X-Forwarded-Port": "666", "X-Forwarded-Proto": "https",
+                "Forwarded": "for=6.6.6.6"}
+        named = {"Host": "example.org", **lies}
+        for headers, url in (({}, self.url), (lies, self.url), (named, "http://example.org")):
+            for method in "GET", "POST":
+                status, _, body = fetch(self.url, "/who?a=b", method, headers=headers)
+                self.assertEqual((status, body.decode()), (200, f"127.0.0.1 {url}/who?a=b"))
+
+    def test_connections_to_the_application_are_kept(self):
+        with Server(app_of(lambda: request.environ["REMOTE_PORT"]), port=0) as server, \
+                self.front(server.url) as url, contextlib.closing(Client(url)) as client:
+            ports = {client.ask()[2] for _ in range(50)}
+        self.assertLess(len(ports), 5)
+
+    def test_an_event_arrives_at_once(self):
+        with contextlib.closing(Client(self.url)) as client:
+            client.request("GET", "/ticks", headers={"Accept-Encoding": "gzip"})
+            answer = client.getresponse()
+            self.assertEqual(answer.headers["Content-Type"], "text/event-stream")
+            inflater, said = zlib.decompressobj(31), b""
+            while b"data: first\n\n" not in said:
+                data = answer.read1(1000)
+                self.assertTrue(data)
+                said += inflater.decompress(data)
+
+    def test_an_upload_arrives_whole(self):
+        for body in b"x" * 10485760, (b"x" * 65536 for _ in range(160)):     # the second in chunks
+            self.assertEqual(fetch(self.url, "/size", "POST", body)[::2], (200, b"10485760"))
+
+    def test_a_websocket_passes(self):
+        async def talk():
+            async with connect_websocket(self.url.replace("http", "ws") + "/echo") as ws:
+                await ws.send("hello")
+                return await asyncio.wait_for(ws.receive(), TIMEOUT)
+        self.assertEqual(asyncio.run(talk()), "hello from 127.0.0.1")
+
+    def test_new_code_is_served_and_no_request_fails_when_the_servers_are_reloaded(self):
+        with self.asked() as clients:
+            for n in range(3):
+                text = f"code {n}".encode()
+                write_app(self.folder, DEPLOYED.replace('"first"', '"code %d"' % n + " " * n))
+                old = {pid for server in self.servers for pid in server.children()}
+                for server in self.servers:
+                    self.reload(server)
+                self.assertTrue(wait_until(lambda: not old & {
+                    pid for server in self.servers for pid in server.children()}))
+                self.assertEqual({fetch(self.url)[2] for _ in range(9)}, {text})
+        self.assertLessEqual({(200, b"code 1"), (200, b"code 2")}, {*clients[0].answers})
+
+    @contextlib.contextmanager
+    def asked(self, url=None):
+        """Clients that ask and post all the while, and get a 200 each time."""
+        url = url or self.url
+        with busy(3, url) as clients, busy(
+                2, url, headers={"Connection": "close"}) as others, busy(
+                2, url, "/size", method="POST") as posts:
+            yield clients
+        self.assertEqual({status for client in clients + others + posts
+                          for status, _ in client.answers}, {200})
+        for client in clients + others + posts:
+            self.assertEqual((client.lost, client.refused), ([], []))
+            self.assertGreater(sum(client.answers.values()), 20)
+
+
+@unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+class NginxDeployedTest(DeployedChecks, unittest.TestCase):
+    """nginx.conf, app.service and app.socket."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = enter_class(cls, tempfile.TemporaryDirectory())
+        write_app(cls.folder)
+        sock = enter_class(cls, listen_unix())
+        cls.servers = [enter_class(cls, deployed_service(sock, cls.folder))]
+        cls.url = enter_class(cls, deployed_nginx("unix:" + sock.getsockname()))
+
+    @staticmethod
+    def front(url):
+        return deployed_nginx(url.split("//")[1])
+
+    @staticmethod
+    def reload(server):
+        command = read_unit("app.service")["ExecReload"].replace("$MAINPID", str(server.pid))
+        subprocess.check_call(shlex.split(command))
+
+    def test_who_asks_while_the_service_restarts_waits_and_no_request_fails(self):
+        def count():
+            return sum(sum(client.answers.values()) for client in clients)
+        with listen_unix() as sock, deployed_nginx("unix:" + sock.getsockname()) as url, \
+                contextlib.ExitStack() as stack:
+            server = stack.enter_context(deployed_service(sock, self.folder))
+            with self.asked(url) as clients:
+                self.assertEqual(server.stop(), 0)
+                before = count()
+                stack.enter_context(deployed_service(sock, self.folder))
+                self.assertTrue(wait_until(lambda: count() > before + 50))
+
+
+@unittest.skipUnless(LONG and HAPROXY, "needs haproxy and MINIBOTTLE_LONG=1")
+class HaproxyDeployedTest(DeployedChecks, unittest.TestCase):
+    """haproxy.cfg, in front of two servers."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = enter_class(cls, tempfile.TemporaryDirectory())
+        write_app(cls.folder)
+        cls.servers = [enter_class(cls, serve(
+            "app:app", "--workers", "2", "--trusted-proxies", "127.0.0.1", "--no-access-log",
+            cwd=cls.folder)) for _ in range(2)]
+        cls.url = enter_class(cls, cls.front(*(server.url for server in cls.servers)))
+
+    @staticmethod
+    def front(one, two=None):
+        return deployed_haproxy([one, two or one])
+
+    @staticmethod
+    def reload(server):
+        server.process.send_signal(signal.SIGHUP)
+
+    def test_one_machine_may_stop(self):
+        bind = "127.0.0.1:%d" % free_port()
+        with serve("app:app", "--bind", bind, cwd=self.folder) as leaving, \
+                deployed_haproxy([leaving.url, self.servers[0].url]) as url, \
+                self.asked(url):
+            self.assertEqual(leaving.stop(), 0)
+            time.sleep(0.5)
+
+
+@needs("flask")
+@unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+class FlaskDeployedTest(ServiceChecks, unittest.TestCase):
+    """A Flask application by app.service, behind nginx."""
+
+    @staticmethod
+    @contextlib.contextmanager
+    def serve():
+        with listen_unix() as sock, deployed_nginx("unix:" + sock.getsockname()) as url, \
+                deployed_service(sock, ROOT, "examples.example_flask:app"):
+            yield url
+
+
+DJANGO_SERVED = """
+from django.contrib.staticfiles.handlers import StaticFilesHandler
+from shop.wsgi import application
+
+app = StaticFilesHandler(application)
+"""
+
+
+@needs("django")
+@unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
+class DjangoDeployedTest(unittest.TestCase):
+    """A new project of Django by app.service, behind nginx; its admin is looked at."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.project = enter_class(cls, tempfile.TemporaryDirectory())
+        cls.env = make_environment(DJANGO_SUPERUSER_PASSWORD="tea-4-two", PYTHONPATH=cls.project)
+        for args in (("-m", "django", "startproject", "shop", "."), ("manage.py", "migrate", "-v0"),
+                     ("manage.py", "createsuperuser", "--noinput", "--username=ada",
+                      "--email=ada@example.org")):
+            if args[1] == "migrate":
+                with open(os.path.join(cls.project, "shop", "settings.py"), "a") as file:
+                    file.write("DEBUG = False\nALLOWED_HOSTS = ['127.0.0.1']\n")
+            subprocess.run([sys.executable, *args], cwd=cls.project, env=cls.env, check=True,
+                           stdout=subprocess.DEVNULL, timeout=3 * TIMEOUT)
+        write_app(cls.project, DJANGO_SERVED)
+        sock = enter_class(cls, listen_unix())
+        enter_class(cls, deployed_service(sock, cls.project))
+        cls.url = enter_class(cls, deployed_nginx("unix:" + sock.getsockname()))
+
+    def test_its_admin_sends_a_guest_to_the_login(self):
+        status, headers, _ = fetch(self.url, "/admin/")
+        self.assertEqual((status, headers["Location"]), (302, "/admin/login/?next=/admin/"))
+        self.assertEqual(fetch(self.url, "/no")[0], 404)
+
+    def test_ada_logs_in_and_out_again(self):
+        with contextlib.closing(Client(self.url)) as client:
+            cookies = {}
+            page = self.ask(client, cookies, "/admin/login/?next=/admin/")[2]
+            self.assertIn("Log in | Django site admin", page)
+            form = {"username": "ada", "password": "wrong", "next": "/admin/"}
+            status, _, page = self.ask(client, cookies, "/admin/login/", page, **form)
+            self.assertEqual((status, "Please enter the correct username" in page), (200, True))
+            form["password"] = "tea-4-two"
+            status, headers, _ = self.ask(client, cookies, "/admin/login/", page, **form)
+            self.assertEqual((status, headers["Location"]), (302, "/admin/"))
+            status, _, page = self.ask(client, cookies, "/admin/")
+            self.assertEqual((status, "Site administration" in page), (200, True))
+            status, _, page = self.ask(client, cookies, "/admin/auth/user/")
+            self.assertEqual((status, "ada@example.org" in page), (200, True))
+            self.assertEqual(self.ask(client, cookies, "/admin/logout/", page)[0], 200)
+            self.assertEqual(self.ask(client, cookies, "/admin/")[0], 302)
+
+    def test_a_form_from_another_origin_is_refused(self):
+        with contextlib.closing(Client(self.url)) as client:
+            cookies = {}
+            page = self.ask(client, cookies, "/admin/login/")[2]
+            self.assertEqual(self.ask(client, cookies, "/admin/login/", page,
+                                      origin="http://evil.example")[0], 403)
+
+    def test_static_files_of_the_admin(self):
+        status, headers, body = fetch(self.url, "/static/admin/css/base.css")
+        self.assertEqual((status, headers.get_content_type()), (200, "text/css"))
+        self.assertEqual(len(body), int(headers["Content-Length"]))
+        status, _, body = fetch(self.url, "/static/admin/css/base.css", headers={
+            "If-Modified-Since": headers["Last-Modified"]})
+        self.assertEqual((status, body), (304, b""))
+
+    def ask(self, client, cookies, path, page=None, origin=None, **form):
+        """A GET or, after a `page`, a POST of its form, as a browser sends it."""
+        headers = {"Cookie": "; ".join(f"{key}={value}" for key, value in cookies.items())}
+        body = None
+        if page is not None:
+            form["csrfmiddlewaretoken"] = re.search(
+                'name="csrfmiddlewaretoken" value="(.+?)"', page)[1]
+            headers["Origin"] = origin or self.url
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            body = urllib.parse.urlencode(form)
+        status, answered, data = client.ask(path, "POST" if body else "GET", body, headers)
+        for line in answered.get_all("Set-Cookie", ()):
+            key, value = line.partition(";")[0].split("=", 1)
+            cookies[key] = value
+        return status, answered, data.decode()
+
+
+class OtherServerChecks(ServiceChecks):
+    """An application of minibottle by a line of other_servers.md."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def serve(cls):
+        line, = re.findall(rf"^    ((?:python -m )?{cls.name} .*)", read_deploy("other_servers.md"),
+                           re.MULTILINE)
+        port = free_port()
+        argv = shlex.split(line.replace("127.0.0.1:8080", f"127.0.0.1:{port}"))
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "app.py"), "w") as file:
+                file.write("from examples.example_bottle import Service\n\napp = Service()\n")
+            path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+            env = make_environment(XDG_RUNTIME_DIR=folder, PATH=path)
+            with run_program(argv, port, folder, env) as url:
+                yield url
+
+
+@needs("gunicorn")
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class GunicornLineTest(OtherServerChecks, unittest.TestCase):
+    name = "gunicorn"
+
+
+@needs("pyuwsgi")
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class UwsgiLineTest(OtherServerChecks, unittest.TestCase):
+    name = "uwsgi"
+
+
+@needs("cheroot")
+@unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
+class CherootLineTest(OtherServerChecks, unittest.TestCase):
+    name = "cheroot"
 
 
 # === 18. WebSocket ============================================================
