@@ -11044,7 +11044,7 @@ class DeployedChecks:
                           for status, _ in client.answers}, {200})
         for client in clients + others + posts:
             self.assertEqual((client.lost, client.refused), ([], []))
-            self.assertGreater(sum(client.answers.values()), 20)
+            self.assertGreater(sum(client.answers.values()), 5)
 
 
 @unittest.skipUnless(LONG and NGINX, "needs nginx and MINIBOTTLE_LONG=1")
@@ -12102,7 +12102,7 @@ class WebSocketServerTest(WebSocketTest):
                                        and not blocking.worker.connections
                                        and not ws_module.threads))
             self.assertTrue(wait_until(lambda: self.loop_do(
-                lambda: len(asyncio.all_tasks())) == tasks))
+                lambda: len(asyncio.all_tasks())) <= tasks))
         self.assertEqual((len(logs.output), len(others.output)), (1, 1))
         self.assertEqual(count(), before)
 
