@@ -7071,6 +7071,36 @@ class AsyncServedTest(WireTest):
         self.assertEqual([wire.answer().status for wire in wires[:2]], [200, 200])
         self.assertLess(threading.active_count(), 20)
 
+    def test_what_does_not_wait_shares_a_task_and_nothing_else(self):
+        user, tasks = contextvars.ContextVar("user"), {}
+        app = App()
+
+        @app.get("/<name>")
+        async def greet(name):
+            before = user.get("nobody")
+            user.set(name)
+            tasks.setdefault(asyncio.current_task(), []).append(name)
+            if name.startswith("fail"):
+                raise SystemExit(name)
+            if name.startswith("wait"):
+                await asyncio.sleep(0.01)
+            return f"{before} {user.get()} {request.path}"
+        server = self.serve(app)
+        with self.assertLogs("minibottle"):
+            for names in ([f"plain{i}" for i in range(40)], [f"fail{i}" for i in range(20)],
+                          [f"{kind}{i}" for i in range(20) for kind in ("plain", "wait", "fail")]):
+                wires = [self.connect(server) for _ in names]
+                for wire, name in zip(wires, names):
+                    wire.send(get("/" + name))
+                for wire, name in zip(wires, names):
+                    answer = wire.answer()
+                    if name.startswith("fail"):
+                        self.assertEqual(answer.status, 500)
+                    else:
+                        self.assertEqual(answer.body.decode(), f"nobody {name} /{name}")
+        for names in tasks.values():        # who has waited was the last one there
+            self.assertFalse([name for name in names[:-1] if name.startswith("wait")])
+
     def test_requests_on_one_connection_are_answered_in_order(self):
         app = App()
 
