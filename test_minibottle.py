@@ -12329,8 +12329,11 @@ class WebSocketServerTest(WebSocketTest):
                 leave(self.peer(server).say(HELLO[0], HELLO[0], HELLO[0]))
                 self.assertTrue(cancelled.acquire(timeout=TIMEOUT))
             self.assertTrue(wait_until(lambda: not server.worker.connections))
-        alive = self.peer(server).say(HELLO[0], HELLO[0])   # no pong of it is read, nor asked for
-        self.assertEqual([alive.frame() for _ in range(4)], [(0x89, b"")] * 4)
+            alive = self.peer(server).say(HELLO[0], HELLO[0])   # no pong of it is read, nor asked
+            self.assertEqual([alive.frame() for _ in range(4)], [(0x89, b"")] * 4)
+            alive.close()
+            self.assertTrue(cancelled.acquire(timeout=TIMEOUT))
+            self.assertTrue(wait_until(lambda: not ws_module.watched.get(minibottle.bridge.loop)))
 
     def test_the_end_of_a_task_group_is_no_failure(self):
         class Group(Exception):  # as Python's since 3.11
