@@ -10437,9 +10437,9 @@ class ProxiesTest(WireTest):
             with self.subTest(trusted=trusted), self.assertLogs("minibottle.access") as logs:
                 self.assertEqual(fetch(server.url, headers=forwarded)[2].decode(),
                                  f"{client} {url or server.url + '/'}")
-                self.assertTrue(wait_until(lambda: logs.records))
-                self.assertEqual((logs.records[0].client, logs.records[0].peer),
-                                 (client, "127.0.0.1"))
+                self.assertTrue(wait_until(lambda: [r for r in logs.records if r.path == "/"]))
+                record = next(r for r in logs.records if r.path == "/")     # not of a WebSocket
+                self.assertEqual((record.client, record.peer), (client, "127.0.0.1"))
                 for origin, status in zip(("https://shop.example", server.url), statuses):
                     self.assertEqual(fetch(server.url, "/ws", headers={
                         **upgrade, "Origin": origin})[0], status)
