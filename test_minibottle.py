@@ -9468,6 +9468,7 @@ class CompanionTest(unittest.TestCase):
             f"minibottle.{file} is a file of its own: lay minibottle_{file}.py".replace(" ", "_")
             for file in programs])
 
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_a_server_says_in_a_line_which_file_it_wants(self):
         folder = self.lay()
         for args, file in ((("minibottle.py", "json:loads", "--reload"), "reloading"),
@@ -12217,6 +12218,7 @@ class WebSocketServerTest(WebSocketTest):
         with self.assertRaises((Cut, ConnectionError)):
             peer.frame()
 
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_a_handler_that_is_slow_makes_its_peer_wait(self):
         free = threading.Event()
 
@@ -12237,6 +12239,7 @@ class WebSocketServerTest(WebSocketTest):
         peer.send(view)
         self.assertEqual(peer.frame(), (0x81, b"40"))
 
+    @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_who_does_not_answer_a_ping_is_gone(self):
         self.faster()
         silent = self.peer(self.serve_websocket(echo, heartbeat=0.05, close_timeout=0.05))
