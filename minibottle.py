@@ -42,7 +42,7 @@ ONE REQUEST (-> calls)
         -> call -> App.__call__ -> wsgi -> _handle -> your function
                                         -> _respond (hooks, what awaits) -> _cast
                                         -> _start -> Exchange.start_response
-        -> send_list | respond -> pump       the answer; of what awaits: respond_async
+        -> send_list | respond -> pump       the answer; of what awaits: respond_async, advance
         -> finish -> Loop.give               the connection waits for the next request
 
 GLOSSARY
@@ -129,7 +129,11 @@ class Logger:
 
 
 log = Logger()
-THIS = "minibottle" if __name__ == "__main__" else __name__  # what this module is imported as
+
+
+def companion(name: str) -> Any:
+    """minibottle_NAME.py, which may lie beside this file: see COMPANIONS. Raises MissingFile."""
+    return import_module(f"{'minibottle' if __name__ == '__main__' else __name__}.{name}")
 
 
 # === 1. Errors and limits =====================================================
@@ -161,6 +165,10 @@ class CookieError(ValueError):
 
 class UsageError(Exception):
     """A command line or a setting is wrong: one line for the operator, exit status 2."""
+
+
+class MissingFile(UsageError, ModuleNotFoundError):
+    """What is asked for needs another file of ours beside this one."""
 
 
 SETTINGS = (
@@ -205,7 +213,6 @@ class Settings:
     """
 
     workers: str
-    log_file: str
     max_connections: int
     max_body: int
     if TYPE_CHECKING:  # at run time it would slow each read of a setting
@@ -221,7 +228,7 @@ class Settings:
             if not getattr(self, name):
                 raise UsageError(f"setting {name}: with 0 nobody would be served")
         if self.log_file != "-":  # it is opened again, maybe from another directory
-            self.log_file = os.path.abspath(self.log_file)
+            self.log_file: str = os.path.abspath(self.log_file)
         if self.key and not self.cert:
             raise UsageError("setting key: without cert there is no TLS")
         if given:
@@ -1456,7 +1463,8 @@ class Bridge:
         with self.lock:
             if self.pid != os.getpid():
                 import asyncio
-                self.asyncio, self.loop, self.woken = asyncio, asyncio.new_event_loop(), False
+                new = asyncio.SelectorEventLoop if os.name == "nt" else asyncio.new_event_loop
+                self.asyncio, self.loop, self.woken = asyncio, new(), False  # it has add_reader()
                 self.thread = threading.Thread(target=self.run, args=(self.loop,), daemon=True,
                                                name="minibottle-asyncio")
                 self.thread.start()
@@ -1500,8 +1508,11 @@ class Bridge:
 
     async def run_guests(self, count: int) -> None:
         """In one task all that do not wait; with the first that does, the others have another."""
-        while count and self.guests and not await self.guests.popleft():
-            count -= 1
+        try:
+            while count and self.guests and not await self.guests.popleft():
+                count -= 1
+        finally:
+            self.host()
 
     def wait(self, context: Any, steps: Any, seconds: Optional[float] = None) -> Any:
         """The result of a coroutine, for a thread that has nothing else to do."""
@@ -1717,7 +1728,7 @@ class Request:
 
     def path_shift(self, shift: int = 1) -> None:
         """Move segments from `path` to `script_name`; back, if negative."""
-        self["SCRIPT_NAME"], self["PATH_INFO"] = import_module(f"{THIS}.ext").path_shift(
+        self["SCRIPT_NAME"], self["PATH_INFO"] = companion("ext").path_shift(
             self.environ.get("SCRIPT_NAME", "/"), self.environ.get("PATH_INFO") or "/", shift)
 
     # -- the request line --
@@ -3194,7 +3205,7 @@ class ConfigDict(dict):
 
     def load_config(self, filename: Union[str, List[str]], **options: Any) -> ConfigDict:
         """Settings of INI files, by minibottle_ini.py."""
-        return import_module(f"{THIS}.ini").load_config(self, filename, **options)
+        return companion("ini").load_config(self, filename, **options)
 
     def meta_get(self, key: str, field: str, default: object = None) -> Any:
         """What is known of a setting: its "filter" converts what is set."""
@@ -3335,7 +3346,7 @@ class Route:
 
     def get_undecorated_callback(self) -> Callable:
         """The callback without decorators, for Bottle's plugins; it needs minibottle_ext.py."""
-        return import_module(f"{THIS}.ext").undecorated(self.callback)
+        return companion("ext").undecorated(self.callback)
 
     def get_callback_args(self) -> List[str]:
         """The names of what the callback takes."""
@@ -3544,7 +3555,7 @@ class App:
     @cached_property
     def resources(self) -> Any:
         """A ResourceManager, of minibottle_resources.py."""
-        return import_module(f"{THIS}.resources").ResourceManager()
+        return companion("resources").ResourceManager()
 
     def __enter__(self) -> App:
         """In `with app:` it is the default application."""
@@ -3578,7 +3589,7 @@ class App:
                 raise RouteError(f"{name_of(callback)} has no verb such as get")
             if not listed(path) and not hasattr(callback, "__code__"):
                 raise RouteError("route() needs a rule, such as '/hello/<name>'")
-            for rule in listed(path) or import_module(f"{THIS}.ext").yieldroutes(callback):
+            for rule in listed(path) or companion("ext").yieldroutes(callback):
                 for verb in methods:
                     self.add_route(Route(self, rule, verb.upper(), callback, name, listed(apply),
                                          listed(skip), **config))
@@ -3702,7 +3713,7 @@ class App:
 
     def websocket(self, path: str, **options: Any) -> Callable:
         """Decorate what is to speak WebSocket: it needs minibottle_websocket.py beside us."""
-        return import_module(f"{THIS}.websocket").websocket(self, path, **options)
+        return companion("websocket").websocket(self, path, **options)
 
     def run(self, **options: Any) -> None:
         """Serve this application; see minibottle.run."""
@@ -3859,8 +3870,8 @@ class App:
             return res.body
         if DEBUG and res.traceback:
             try:
-                page = import_module(f"{THIS}.debugging").debug_page(res)
-            except ModuleNotFoundError:  # it does not lie beside
+                page = companion("debugging").debug_page(res)
+            except MissingFile:
                 page = None
             if page:
                 return page
@@ -4887,7 +4898,7 @@ class Worker(Loop):
         self.sendfile: Any = getattr(os, "sendfile", None)
         for name, file in (("trusted_proxies", "proxies"), ("status", "status"), ("cert", "tls")):
             if getattr(settings, name):
-                import_module(f"{THIS}.{file}").install(self)
+                companion(file).install(self)
 
     def template(self, sock: socket.socket) -> Template:
         """What all environs of a listener share (PEP 3333)."""
@@ -5441,7 +5452,7 @@ class Worker(Loop):
             self.again.append(x.connection)
             self.waker.wake()
         except BaseException as error:
-            is_ours = self.over or getattr(x, "task", x) is None  # who cancels, else
+            is_ours = self.over or getattr(x, "task", x) is None  # on_taken_event() makes it None
             if is_ours and isinstance(error, bridge.asyncio.CancelledError):
                 return self.abort(x, self.aside)
             self.on_error(x, error, self.aside)
@@ -5712,7 +5723,6 @@ class Served(Worker):
         self.board = board
         self.slot = slot
         self.link = link
-        self.requests_left = 0.0
         if settings.max_requests:  # not all at the same time
             import random
             self.requests_left = settings.max_requests * random.uniform(0.9, 1.1)
@@ -6193,14 +6203,6 @@ def open_log(path: str, again: bool = False) -> None:
         companion("service").open_log(path, again)
 
 
-def companion(name: str) -> Any:
-    """A file that may lie beside this one. Without it: a line, and exit status 2."""
-    try:
-        return import_module(f"{THIS}.{name}")
-    except ModuleNotFoundError as error:
-        raise SystemExit(report(UsageError(str(error)))) from None
-
-
 def count_workers(text: str) -> int:
     """"auto" -> the CPUs this process may use."""
     if text != "auto":
@@ -6299,8 +6301,8 @@ class Finder:
         for path in (f"{here}/minibottle_{child}.py", f"{here}/examples/minibottle_{child}.py"):
             if os.path.isfile(path):
                 return spec_from_file_location(name, path)
-        raise ModuleNotFoundError(f"{name} is a file of its own: lay minibottle_{child}.py, of "
-                                  f"minibottle's examples/, beside {__file__}", name=name)
+        raise MissingFile(f"{name} is a file of its own: lay minibottle_{child}.py, of "
+                          f"minibottle's examples/, beside {__file__}", name=name)
 
 
 __path__: list = []  # for the import system it is a package
@@ -6320,7 +6322,7 @@ def __getattr__(name: str) -> Any:
     """minibottle.fetch is minibottle_client.py's (PEP 562)."""
     for file, names in COMPANIONS.items():
         if name in names.split():
-            return getattr(import_module(f"{THIS}.{file}"), name)
+            return getattr(companion(file), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -6475,7 +6477,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         given = vars(make_parser().parse_args(argv))
         flags = {name: given[name] for name in vars(DEFAULTS) if given[name] is not None}
-        flags = {name: vars(Settings(**flags))[name] for name in flags}
+        flags = {name: value for name, value in vars(Settings(**flags)).items() if name in flags}
         debug(given["debug"])
         load = partial(load_target, given["target"])
         if given["routes"]:

@@ -7071,6 +7071,23 @@ class AsyncServedTest(WireTest):
         self.assertEqual([wire.answer().status for wire in wires[:2]], [200, 200])
         self.assertLess(threading.active_count(), 20)
 
+    def test_a_coroutine_that_breaks_its_task_costs_the_next_ones_nothing(self):
+        async def fail():
+            raise ValueError("ours")
+
+        async def succeed():
+            done.set()
+        done, bridge = threading.Event(), minibottle.bridge
+        bridge.start()
+        with self.assertLogs("asyncio") as logs:
+            for steps in (fail(), succeed()):
+                bridge.guests.append(minibottle.Guest(
+                    contextvars.copy_context(), steps, minibottle.Plan()))
+            bridge.ring()
+            self.assertTrue(done.wait(TIMEOUT))
+            self.assertTrue(wait_until(lambda: gc.collect() and logs.records or logs.records))
+        self.assertIn("ours", logs.output[0])
+
     def test_what_does_not_wait_shares_a_task_and_nothing_else(self):
         user, tasks = contextvars.ContextVar("user"), {}
         app = App()
@@ -9471,14 +9488,19 @@ class CompanionTest(unittest.TestCase):
     @unittest.skipUnless(LONG, "needs MINIBOTTLE_LONG=1")
     def test_a_server_says_in_a_line_which_file_it_wants(self):
         folder = self.lay()
-        for args, file in ((("minibottle.py", "json:loads", "--reload"), "reloading"),
-                           (("minibottle.py", "wsgiref.simple_server:demo_app",
-                            "--server=wsgiref"), "adapters"),
-                           (("-c", "import minibottle; minibottle.run(reloader=True)"),
-                            "reloading")):
-            status, _, said = self.run_python(folder, *args)
-            self.assertEqual((status, said.count("\n")), (2, 1), said)
-            self.assertRegex(said, f"^minibottle: .*lay minibottle_{file}.py")
+        for args, file in (("--reload", "reloading"), ("--server=wsgiref", "adapters"),
+                           ("--routes", "route_list"), ("--status=/s", "status"),
+                           ("--cert=a.pem", "tls"), ("--log-file=a.log", "service"),
+                           ("--bind=unix:a", "service"), ("--trusted-proxies=::1", "proxies")):
+            with self.subTest(args):
+                status, _, said = self.run_python(
+                    folder, "minibottle.py", "wsgiref.simple_server:demo_app",
+                    "--bind=127.0.0.1:0", args)
+                self.assertEqual((status, said.count("\n")), (2, 1), said)
+                self.assertRegex(said, f"^minibottle: .*lay minibottle_{file}.py")
+        status, _, said = self.run_python(
+            folder, "-c", "import minibottle; minibottle.run(reloader=True)")
+        self.assertRegex(said, r"\nminibottle\.MissingFile: .*lay minibottle_reloading\.py")
 
     def test_what_runs_as_the_command_is_no_second_copy(self):
         folder = self.lay("testing")
