@@ -6345,7 +6345,7 @@ def run(app: Union[None, str, Callable] = None, server: Any = "minibottle",
 
     `options` are settings (SETTINGS), or another server's own. The command line's flags beat them.
     In a process that has threads, or outside its main thread, it serves without a master. What
-    cannot start is said in a line on stderr, and raises SystemExit.
+    cannot start is said in a line on stderr, and raises SystemExit. Raises MissingFile.
     """
     running: Any = sys.modules.get("minibottle.running")
     if NORUN:
