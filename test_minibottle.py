@@ -10611,7 +10611,8 @@ class DebugPageTest(UnitTest):
         with self.assertLogged():
             answer = ask(app_of(self.broken), headers={"Accept": "text/html"})
         self.assertNotIn("ValueError", answer.text)
-        with mock.patch.dict(sys.modules, {"minibottle.debugging": None}):
+        missing = minibottle.MissingFile("it does not lie beside")
+        with mock.patch.object(minibottle, "companion", side_effect=missing):
             answer = self.ask(app_of(self.broken))
         self.assertIn("raise ValueError", answer.text)
         self.assertNotIn("<table>", answer.text)
