@@ -43,6 +43,7 @@ import pickle
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -7554,7 +7555,8 @@ class CommandMasterTest(PooledTest):
                 self.assertEqual(server.wait(), 0)
                 self.assertLess(time.monotonic() - began, 2 * SLOW)
                 # a worker may get it before it serves, and end before the master has got it
-                lines = [line for line in server.err[1:-1] if "was ended by signal 15" not in line]
+                lines = [line for line in server.err[1:-1] if not re.search(
+                    r"worker \d+ (was ended by signal 15|ended with status 0) after 0 s", line)]
                 self.assertEqual((lines, server.err[-1]), ([], None), server.said())
 
     def test_ctrl_c_ends_an_idle_server_at_once(self):
@@ -7659,7 +7661,7 @@ class CommandMasterTest(PooledTest):
                 client.request("GET", "/pid")
             pids = collections.Counter(client.getresponse().read() for client in clients)
             self.assertEqual(len(pids), 2, pids)
-            self.assertLess(max(pids.values()), 0.8 * 64, pids)
+            self.assertLess(max(pids.values()), 0.9 * 64, pids)     # at most 64 without balance
 
 
 LIVE = """
@@ -10077,10 +10079,18 @@ class TlsServedTest(TlsTest):
                 view = view[sock.send(view):]
         with contextlib.closing(wire.result()) as client, sock:
             received, sent = POOL.submit(receive), POOL.submit(send)
-            reader = POOL.submit(client.exactly, len(data))
-            client.send(data)
-            self.assertEqual(reader.result(TIMEOUT), data)
+            # The client is a plain SSLSocket, and so no more than one thread may have it.
+            view, got = memoryview(data), bytearray()
+            client.sock.setblocking(False)
+            while len(got) < len(data) or view:
+                select.select([client.sock], [client.sock] if view else [], [], TIMEOUT)
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    got += client.sock.recv(65536) or self.fail("the end")
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    view = view[client.sock.send(view):] if view else view
+            self.assertEqual(got, data)
             sent.result(TIMEOUT)
+            client.sock.settimeout(TIMEOUT)
             client.sock.shutdown(socket.SHUT_WR)
             self.assertEqual(received.result(TIMEOUT), data)
 
